@@ -1,0 +1,495 @@
+"""
+Lory: a fully differentiable mixture-of-experts language model (Zhong et al., COLM 2024, arXiv:2405.03133).
+
+A usual MoE sends each token to a few experts. That choice is discrete, so its router needs tricks to learn. Lory makes
+no choice: it averages the experts *in parameter space* with softmax weights and runs the one averaged FFN,
+
+    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),                              (Sec. 2.2, from SMEAR)
+
+so everything is differentiable and no balancing loss is needed. One merge per token would cost E FFNs a token. Lory
+merges once per *segment* of T tokens, and stays autoregressive by *causal segment routing*: the weights of a segment
+are read from the segment before it (Sec. 3.1, Eq. 3).
+
+           segment 1            segment 2            segment 3
+        x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T      hidden states entering the FFN   (B, N, T, D)
+              |                    |
+            mean                 mean                                one summary a segment            (B, N, D)
+              |                    |
+            router               router                              softmax                          (B, N, E)
+              `---------.          `---------.
+     first rule         |                    |                       shifted by one segment
+         |              |                    |
+        e_1            e_2                  e_3                      routing weights                  (B, N, E)
+         |              |                    |
+     FFN Σ e_1i θ_i   FFN Σ e_2i θ_i      FFN Σ e_3i θ_i             merged experts, one FFN a segment
+
+Nothing precedes segment 1. `first_segment` says what routes it, see `LoryFFN.route`.
+
+One letter, one meaning, here and in every shape comment:
+
+    B  sequences in the batch      D  n_embd, model width (paper: d)          V  vocab_size
+    L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')       nh  n_head
+    T  segment_len                 E  n_experts                              hs  head size, D / nh
+    N  segments, ceil(L / T)       θ  the stacked expert weights (E, ., .)    S  merged FFNs at work, B * N in training
+
+Read it top to bottom: config, routing and merging, the LLaMA-style decoder around them, generation, checkpoints.
+"""
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class UserError(ValueError):
+    """A mistake the user can mend, told in one sentence that names the cure. The scripts print it and exit with 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config. A field is defined on one line and nowhere else: train.py makes its flag from it, the checkpoint stores it.
+
+def option(default, help, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass
+class LoryConfig:
+    """Shape of the model. Raises UserError when the fields do not fit together."""
+    vocab_size: int = 2048  # no flag: the data's tokenizer decides it
+    block_size: int = option(1024, 'L, tokens in a training sequence, and how far back attention looks')
+    n_layer: int = option(2, 'transformer blocks')
+    n_head: int = option(4, 'attention heads')
+    n_embd: int = option(64, 'D, width of the model')
+    ffn_hidden: int = option(0, "H, hidden width of one expert's SwiGLU; 0: 8/3 of n_embd, rounded up to 32's multiple")
+    n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
+    segment_len: int = option(256, 'T, tokens that share one merged FFN')
+    first_segment: str = option('prior', 'what routes segment 1: prior, a learned constant (strictly causal), or self, '
+                                         'its own mean behind a stop-gradient (the paper)', ('prior', 'self'))
+    tie_embeddings: bool = option(True, 'one matrix for token embedding and output head')
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get('choices')
+            if choices and value not in choices:
+                raise UserError(f'{f.name}={value} is not known; choose one of {", ".join(choices)}.')
+            if f.type is int and f.name != 'ffn_hidden' and value < 1:
+                raise UserError(f'{f.name}={value} must be at least 1.')
+        if self.segment_len > self.block_size:
+            raise UserError(f'segment_len={self.segment_len} must not exceed block_size={self.block_size}.')
+        if self.n_embd % (2 * self.n_head):
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head} '
+                            '(rotary embeddings turn pairs of channels in each head).')
+        if self.ffn_hidden < 1:
+            self.ffn_hidden = 32 * math.ceil(self.n_embd * 8 / 3 / 32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The idea, on one screen: merge the experts (Sec. 2.2), route each segment by the one before (Sec. 3.1, Algorithm 1).
+
+def merge(e, theta):
+    """Σ_i e_i θ_i for S sets of weights at once, a single matrix product. (S, E), (E, in, out) -> (S, in, out)"""
+    return (e @ theta.flatten(1)).view(-1, *theta.shape[1:])
+
+
+class MergedLinear(torch.autograd.Function):
+    """y = x @ merge(e, θ), with the merged matrix W = merge(e, θ) made again in the backward pass instead of kept.
+
+    Kept, every segment's copy of every FFN would wait for the backward pass: 6.6 GB a sequence at the paper's 0.3B.
+    Made again, it costs E/T of the matmul (App. B) and one layer's W at a time. The chain rule of y = x W, W = e θ:
+        dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
+    """
+    @staticmethod
+    def forward(ctx, x, e, theta):                                   # (S, T, in), (S, E), (E, in, out)
+        ctx.save_for_backward(x, e, theta)
+        return x @ merge(e, theta)                                   # (S, T, out)
+
+    @staticmethod
+    def backward(ctx, dy):                                           # (S, T, out)
+        x, e, theta = ctx.saved_tensors
+        dx = dy @ merge(e, theta).mT                                 # (S, T, in)
+        dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
+        return dx, dW @ theta.flatten(1).mT, (e.mT @ dW).view_as(theta)
+
+
+def swiglu(x, gate, up, down):
+    return (F.silu(x @ gate) * (x @ up)) @ down
+
+
+class LoryFFN(nn.Module):
+    """E expert FFNs, their router, and the merge. With E = 1 it is the plain SwiGLU FFN of the dense baseline."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
+        self.segment_len, self.first_segment = config.segment_len, config.first_segment
+        self.gate = nn.Parameter(torch.empty(E, D, H))
+        self.up = nn.Parameter(torch.empty(E, D, H))
+        self.down = nn.Parameter(torch.empty(E, H, D))
+        self.router = nn.Linear(D, E) if E > 1 else None
+
+    def weights(self, h):
+        """softmax(R(h)), in float32 at least whatever autocast does to the rest. (..., D) -> (..., E)"""
+        with torch.autocast(h.device.type, enabled=False):
+            logits = self.router(h)
+            return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def route(self, x):
+        """Causal segment routing (Eq. 3): segment k gets its weights from segment k-1. (B, N, T, D) -> (B, N, E)"""
+        e = self.weights(x.mean(2))                                  # (B, N, E), what each segment says of itself
+        if self.first_segment == 'self':
+            # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but the forward pass
+            # still shows token 1 the mean of tokens 2..T: a loss over segment 1 is then a little optimistic.
+            first = e[:, :1].detach()                                # (B, 1, E)
+        else:
+            # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
+            bias = self.router.bias
+            first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)
+        return torch.cat([first, e[:, :-1]], 1)                      # the last segment's own summary is never read
+
+    def merged(self, e):
+        """The FFNs that e (S, E) makes of the experts: [gate (S, D, H), up (S, D, H), down (S, H, D)]."""
+        return [merge(e.to(w.dtype), w) for w in (self.gate, self.up, self.down)]
+
+    def run(self, x, e):
+        """Each segment through its own merged FFN, in autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        h, e, gate, up, down = (t.to(dtype) for t in (x.flatten(0, 1), e.flatten(0, 1), self.gate, self.up, self.down))
+        h = F.silu(MergedLinear.apply(h, e, gate)) * MergedLinear.apply(h, e, up)     # (S, T, H)
+        return MergedLinear.apply(h, e, down).view(x.shape)
+
+    def forward(self, x):
+        """(B, L, D) -> output (B, L, D), routing weights (B, N, E)."""
+        B, L, D = x.shape
+        T = min(self.segment_len, L)
+        N = math.ceil(L / T)
+        if self.router is None:
+            return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
+        # Only the last segment can be short, and only when N > 1, where nothing reads its mean: padding is harmless.
+        x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
+        e = self.route(x)                                            # (B, N, E)
+        return self.run(x, e).view(B, N * T, D)[:, :L], e
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What generation remembers. After its prompt a Lory is a plain dense model: keys, values, and one merged FFN a layer.
+
+class Cache:
+    """One layer's memory of B sequences, each at a position of its own: the keys and values of the last `slots` tokens
+    in a ring, the merged FFN in use, and the sum of the FFN's inputs since the current segment began."""
+
+    def __init__(self, slots, routing):
+        self.slots, self.routing = slots, routing                    # routing: 'prompt' or 'segment'
+        self.k = self.v = None                                       # (B, nh, slots, hs)
+        self.e = self.ffn = self.total = None                        # (B, N, E), three of (B, ., .), (B, D)
+
+    @classmethod
+    def stack(cls, caches):
+        """The memories of single sequences as one batch."""
+        both = cls(caches[0].slots, caches[0].routing)
+        both.k, both.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
+        if caches[0].ffn:
+            both.e = torch.cat([c.e[:, -1:] for c in caches])        # (B, 1, E)
+            both.ffn = [torch.cat(w) for w in zip(*(c.ffn for c in caches))]
+            both.total = torch.cat([c.total for c in caches])
+        return both
+
+    def attend(self, q, k, v, pos):
+        """Attention: the prompt (B, nh, L, hs) at the first call, then one token (B, nh, 1, hs) at pos (B, 1)."""
+        B, nh, L, hs = k.shape
+        if self.k is None:
+            self.k, self.v = (F.pad(t, (0, 0, 0, self.slots - L)) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        row, slot = torch.arange(B, device=k.device), pos[:, 0] % self.slots
+        self.k[row, :, slot], self.v[row, :, slot] = k[:, :, 0], v[:, :, 0]           # the oldest token makes room
+        filled = torch.arange(self.slots, device=k.device) <= pos    # (B, slots); all of them once pos >= slots
+        return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=filled[:, None, None])
+
+    def feed(self, ffn, x, pos):
+        """The layer's FFN: the prompt (B, L, D) at the first call, then one token (B, 1, D) at pos (B, 1). -> y, e"""
+        if ffn.router is None:
+            return ffn(x)                                            # dense: nothing to remember
+        T = ffn.segment_len
+        if self.ffn is None:
+            if self.routing == 'prompt':
+                self.e = ffn.weights(x.mean(1))[:, None]             # (B, 1, E), the prompt routes once (Sec. 3.1)
+                self.ffn = ffn.merged(self.e[:, 0])
+                y = swiglu(x, *self.ffn)                             # (B, L, D) @ (B, D, H)
+            else:
+                y, self.e = ffn(x)
+                self.ffn = ffn.merged(self.e[:, -1])
+            self.total = x[:, (x.shape[1] - 1) // T * T:].sum(1)     # (B, D), over the prompt's last segment
+            return y, self.e
+        if self.routing == 'segment':
+            new = pos[:, 0] % T == 0                                 # (B,) sequences that begin a segment
+            if new.any():
+                self.e[new, -1] = ffn.weights(self.total[new] / T)
+                for w, fresh in zip(self.ffn, ffn.merged(self.e[new, -1])):
+                    w[new] = fresh
+                self.total[new] = 0
+            self.total += x[:, 0]
+        return swiglu(x, *self.ffn), self.e[:, -1:]
+
+
+def sample(logits, temperature, top_k, top_p):
+    """Draw the next token of each row. (B, V) -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        # Keep the likeliest tokens until they hold top_p of the probability, the one that reaches it included.
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        drop = p.cumsum(-1) - p >= top_p
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases.
+
+def rotate(x, pos):
+    """Rotary position embedding: turns channel pairs (i, i + hs/2) by pos * 10000^(-2i/hs), so that the product of a
+    query and a key depends on their distance alone. x (B, nh, L, hs); pos (L,), or (B, 1) in decoding."""
+    half = x.shape[-1] // 2
+    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)  # (hs/2,)
+    angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)     # (B, nh, L, hs)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, pos, cache=None):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
+        q, k = rotate(q, pos), rotate(k, pos)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)               # (B, nh, L, hs)
+        else:
+            y = cache.attend(q, k, v, pos)
+        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.n_embd)
+        self.ffn = LoryFFN(config)
+
+    def forward(self, x, pos, cache=None):
+        x = x + self.attn(self.attn_norm(x), pos, cache)
+        h = self.ffn_norm(x)
+        y, e = self.ffn(h) if cache is None else cache.feed(self.ffn, h, pos)
+        return x + y, e                                              # (B, L, D), (B, N, E)
+
+
+class Lory(nn.Module):
+    """The language model. `logits, loss = model(idx, targets)`; LoryConfig(n_experts=1) is the dense baseline."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's: normal of std 0.02, less for what writes into the residual stream. Router biases start at zero, so
+        the prior starts uniform; router weights must not, or equal experts would stay equal (see `upcycle`)."""
+        for name, p in self.named_parameters():
+            if name.endswith('router.bias'):
+                p.zero_()
+            elif p.dim() > 1:
+                residual = name.endswith(('proj.weight', 'ffn.down'))
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def trunk(self, idx, pos, cache=None):
+        """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, n_layer, N, E)."""
+        x, routing = self.embed(idx), []
+        for block, memory in zip(self.blocks, cache or [None] * len(self.blocks)):
+            x, e = block(x, pos, memory)
+            routing.append(e)
+        return self.norm(x), torch.stack(routing, 1)
+
+    def forward(self, idx, targets=None, return_routing=False):
+        """idx, targets (B, L) int64, L of any size up to block_size and beyond; targets of -1 are not counted.
+        Returns logits (B, L, V), the mean loss in nats per token (None without targets) and, if return_routing, also
+        the routing weights (B, n_layer, N, E), detached."""
+        x, routing = self.trunk(idx, torch.arange(idx.shape[1], device=idx.device))
+        logits = self.head(x)                                        # (B, L, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return (logits, loss, routing.detach()) if return_routing else (logits, loss)
+
+    def optimizer(self, lr, weight_decay, betas):
+        """AdamW (Sec. 4.1). Only matrices decay: norms and the router's bias are pulled nowhere."""
+        params = list(self.parameters())
+        groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=weight_decay),
+                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+    def num_params(self, active=False):
+        """Parameters, or the active ones: those one token meets, its merged FFN counted once and the router left out."""
+        E = self.config.n_experts
+        n = 0
+        for name, p in self.named_parameters():
+            if active and '.router.' in name:
+                continue
+            n += p.numel() // E if active and name.endswith(('ffn.gate', 'ffn.up', 'ffn.down')) else p.numel()
+        return n
+
+    # Generation. Everything below runs on what Cache remembers.
+
+    @torch.no_grad()
+    def prefill(self, idx, routing='prompt'):
+        """Read prompts of one length, (B, L) with 1 <= L <= block_size. `routing` is how the experts are merged:
+        'prompt', once from the mean of the whole prompt (Sec. 3.1), or 'segment', anew every T tokens as in training
+        (G.2). -> logits of the next token (B, V), routing weights (B, n_layer, N, E), the cache."""
+        L = idx.shape[1]
+        if not 1 <= L <= self.config.block_size:
+            raise UserError(f'the prompt has {L} tokens; this model reads 1 to block_size={self.config.block_size}.')
+        cache = [Cache(self.config.block_size, routing) for _ in self.blocks]
+        x, e = self.trunk(idx, torch.arange(L, device=idx.device), cache)
+        return self.head(x[:, -1]), e, cache
+
+    @torch.no_grad()
+    def decode(self, token, pos, cache):
+        """Read one more token (B,) of each sequence, at positions pos (B,). -> logits of the next token (B, V)"""
+        return self.head(self.trunk(token[:, None], pos[:, None], cache)[0][:, -1])
+
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, routing='prompt'):
+        """Continue `prompts`, a tensor (B, L) or a list of B one-dimensional tensors of any lengths; yields the next
+        token of each, (B,), max_new_tokens times. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+        There is no end: positions go on past block_size, each token attends to the block_size last ones, and the
+        segment grid stays where it is.
+        """
+        # Prompts are read one by one, so that no padding enters a mean; decoding, where the time goes, is batched.
+        logits, _, caches = zip(*(self.prefill(p[None], routing) for p in prompts))
+        logits, cache = torch.cat(logits), [Cache.stack(layer) for layer in zip(*caches)]
+        pos = torch.tensor([len(p) for p in prompts], device=logits.device)           # (B,)
+        for i in range(max_new_tokens):
+            token = sample(logits, temperature, top_k, top_p)
+            yield token
+            if i < max_new_tokens - 1:
+                logits, pos = self.decode(token, pos, cache), pos + 1
+
+    def generate(self, prompts, max_new_tokens, **how):
+        """The tokens of `stream` in one tensor, (B, max_new_tokens)."""
+        return torch.stack(list(self.stream(prompts, max_new_tokens, **how)), 1)
+
+    def specialize(self, idx):
+        """The dense model that this one is after reading a prompt (1, L): same class, n_experts = 1, the experts of
+        each layer merged as the prompt routes them. Its logits are those of prompt-only routing."""
+        _, _, cache = self.prefill(idx, 'prompt')
+        dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
+        merged = {f'blocks.{i}.ffn.{name}': w for i, layer in enumerate(cache)
+                  for name, w in zip(('gate', 'up', 'down'), layer.ffn or ())}
+        dense.load_state_dict({n: merged.get(n, w) for n, w in self.state_dict().items() if '.router.' not in n})
+        return dense
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dense warm-up (Sec. 4.1, G.3): train the dense model first, then copy its FFN into every expert and go on as a MoE.
+
+def upcycle(dense, n_experts, optimizer=None):
+    """A Lory of n_experts experts that computes what `dense` does, and its optimiser (None without one).
+
+    Equal experts merge to the same FFN under any weights, so the router's gradient starts at exactly zero, and a router
+    that gave every segment the same weights would hand all experts the same gradient: they would never part. They do
+    because the router starts random, so each expert hears some segments louder than its siblings do.
+    """
+    model = Lory(replace(dense.config, n_experts=n_experts)).to(dense.embed.weight.device)
+    old, new = dict(dense.named_parameters()), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, p in old.items():
+            new[name].copy_(p)                                       # (1, in, out) fills (E, in, out)
+    if optimizer is None:
+        return model, None
+    group = optimizer.param_groups[0]
+    moved = model.optimizer(group['lr'], group['weight_decay'], group['betas'])
+    for name, p in old.items():
+        # With weights near 1/E an expert hears 1/E of the dense gradient g. Adam's averages of g and g² follow suit, so
+        # that the first steps after upcycling are neither too long nor too short.
+        share = 1 / n_experts if new[name].shape != p.shape else 1
+        state = optimizer.state[p]
+        moved.state[new[name]] = dict(step=state['step'].clone(),
+                                      exp_avg=state['exp_avg'].expand_as(new[name]) * share,
+                                      exp_avg_sq=state['exp_avg_sq'].expand_as(new[name]) * share**2)
+    return model, moved
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags and checkpoints, shared by the scripts.
+
+def boolean(text):
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
+
+
+def add_flags(parser, config_class):
+    """A --flag for each field of the dataclass that was given a help text."""
+    for f in fields(config_class):
+        if 'help' in f.metadata:
+            parser.add_argument(f'--{f.name}', type=boolean if f.type is bool else f.type, default=f.default,
+                                choices=f.metadata['choices'], help=f'{f.metadata["help"]} (default: {f.default})')
+
+
+@contextmanager
+def atomic_open(path, mode='wb', **kw):
+    """Write a file whole or not at all: to path + '.tmp', then fsync, then rename over path. Whatever goes wrong, what
+    was at path before is still there. Raises UserError when the disk is full or the folder cannot be written."""
+    tmp = f'{path}.tmp'
+    try:
+        with open(tmp, mode, **kw) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException as e:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+        if isinstance(e, OSError):
+            raise UserError(f'cannot write {path} ({e.strerror}): free some space or choose another folder; '
+                            'what was there before is unchanged.') from e
+        raise
+
+
+def save_checkpoint(path, model, **rest):
+    """Write `model` and plain values in `rest` to path, atomically. `model` is the bare Lory, no DDP or compile."""
+    with atomic_open(path) as f:
+        torch.save(dict(rest, format=1, config=asdict(model.config), model=model.state_dict()), f)
+
+
+def load_checkpoint(path, device='cpu'):
+    """-> the Lory stored at path, on `device`, and the dict it was stored in. UserError if there is no such model."""
+    if not os.path.exists(path):
+        raise UserError(f'there is no checkpoint at {path}; train one with: python train.py')
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        model = Lory(LoryConfig(**ckpt['config']))
+        model.load_state_dict(ckpt['model'])
+    except Exception as e:
+        raise UserError(f'{path} is not a whole Lory checkpoint ({type(e).__name__}); '
+                        'choose another with --out_dir, or train again.') from e
+    return model.to(device), ckpt

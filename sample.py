@@ -1,0 +1,132 @@
+"""
+Continue a prompt from a checkpoint alone: the tokenizer is inside.
+
+    python sample.py                                           a few hundred tokens from the last run
+    python sample.py --start='def main(' --temperature=0       your own prompt, greedy
+    python sample.py --start=FILE:notes.txt --show_routing     a prompt from a file, and the experts that it chose
+
+The prompt routes once: each layer merges its experts into one FFN, and from there on this is a plain dense model
+(Sec. 3.1). `--save_dense=FILE` keeps that dense model, a checkpoint like any other.
+"""
+import argparse
+import codecs
+import sys
+import time
+
+import torch
+
+from lory import UserError, load_checkpoint, save_checkpoint
+from prepare import encode, load_tokenizer
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, usage='python sample.py [--flag=value ...]  (--help lists them)')
+
+    def flag(name, default, help, **kw):
+        parser.add_argument(f'--{name}', default=default, help=f'{help} (default: {default!r})',
+                            **({} if 'action' in kw else dict(type=type(default))), **kw)
+
+    flag('out_dir', 'out', 'folder of the run, whose ckpt.pt is read')
+    flag('checkpoint', '', 'or a checkpoint file, such as --save_dense makes')
+    flag('start', '\n', 'the prompt, or FILE:path to read it from')
+    flag('num_samples', 1, 'continuations')
+    flag('max_new_tokens', 300, 'tokens in each, at most')
+    flag('temperature', 0.8, 'below 1 is bolder, 0 is greedy')
+    flag('top_k', 0, 'draw from the k likeliest tokens only; 0: from all')
+    flag('top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability')
+    flag('stop', '', 'end a sample where this text appears, besides at the end of a document')
+    flag('routing', 'prompt', 'prompt: merge the experts once; segment: again every T tokens, as in training',
+         choices=['prompt', 'segment'])
+    flag('show_routing', False, "print the experts' shares in each layer, as the prompt chose them", action='store_true')
+    flag('save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
+    flag('seed', 1337, 'of the draws')
+    flag('device', 'cuda' if torch.cuda.is_available() else 'cpu', 'cpu, cuda, mps')
+    return parser
+
+
+def check(args, vocab_size):
+    """UserError for a value that cannot be meant."""
+    for wrong, cure in [
+        (args.temperature < 0, f'temperature={args.temperature} must not be negative; 0 is greedy.'),
+        (not 0 <= args.top_k <= vocab_size, f'top_k={args.top_k} must be 0 to the vocabulary size, {vocab_size}.'),
+        (not 0 < args.top_p <= 1, f'top_p={args.top_p} must be above 0 and at most 1.'),
+        (args.max_new_tokens < 1, f'max_new_tokens={args.max_new_tokens} must be at least 1.'),
+        (args.num_samples < 1, f'num_samples={args.num_samples} must be at least 1.'),
+        (args.start == '', 'the prompt is empty; give --start some text, or a newline.'),
+    ]:
+        if wrong:
+            raise UserError(cure)
+
+
+def read_prompt(start):
+    if start.startswith('FILE:'):
+        try:
+            with open(start[5:], encoding='utf-8') as f:
+                start = f.read()
+        except OSError as e:
+            raise UserError(f'cannot read the prompt from {start[5:]} ({e.strerror}); check the path.') from e
+        except UnicodeDecodeError as e:
+            raise UserError(f'{start[5:]} is not UTF-8 text; convert it first.') from e
+    try:
+        start.encode()
+    except UnicodeEncodeError as e:
+        raise UserError('the prompt is not UTF-8 text; convert it first, or give it as --start=FILE:path.') from e
+    return start
+
+
+def show_routing(e):
+    """Print routing weights (n_layer, E) as percentages, the largest share of each layer marked."""
+    print('experts     ' + ''.join(f'{i + 1:6d}' for i in range(e.shape[1])))
+    for layer, shares in enumerate(e.tolist()):
+        print(f'layer {layer + 1:<3d}   ' + ''.join(f'{100 * s:5.0f}' + ('*' if s == max(shares) else ' ') for s in shares))
+    print()
+
+
+def main(argv=None):
+    args = parse_flags().parse_args(argv)
+    model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', args.device)
+    model.eval()
+    check(args, model.config.vocab_size)
+    tokenizer = load_tokenizer(ckpt['tokenizer'])
+    args.start = read_prompt(args.start)
+    prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=args.device)
+    torch.manual_seed(args.seed)
+
+    if args.show_routing:
+        show_routing(model.prefill(prompt[None], args.routing)[1][0, :, -1])
+    if args.save_dense:
+        save_checkpoint(args.save_dense, model.specialize(prompt[None]), tokenizer=ckpt['tokenizer'])
+        print(f'dense model written to {args.save_dense}; try: python sample.py --checkpoint={args.save_dense}\n')
+
+    for number in range(args.num_samples):
+        if number:
+            print('-' * 80)
+        print(args.start, end='', flush=True)
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')       # a character may span tokens
+        text, shown, end, n_tokens, t0 = '', 0, -1, 0, time.time()
+        for token in model.stream(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.routing):
+            n_tokens += 1
+            if token.item() == tokenizer.eot_token:
+                break
+            text += decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+            end = text.find(args.stop) if args.stop else -1
+            # What may turn out to be the beginning of --stop is held back.
+            ready = end if end >= 0 else max(shown, len(text) - max(0, len(args.stop) - 1))
+            print(text[shown:ready], end='', flush=True)
+            shown = ready
+            if end >= 0:
+                break
+        print(text[shown:end if end >= 0 else None])
+        seconds = time.time() - t0
+        print(f'[{n_tokens} tokens, {n_tokens / seconds:.0f} tokens/s]', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        print(f'sample.py: {e}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print()

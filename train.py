@@ -1,0 +1,382 @@
+"""
+Train a Lory, or its dense baseline, from top to bottom of this file.
+
+    python train.py                                    the built-in corpus, prepared if missing; ten minutes on two cores
+    python train.py --n_experts=1 --out_dir=out-dense  the dense model of equal active size
+    python train.py --init_from=resume                 go on where the last run stopped
+    torchrun --nproc_per_node=8 train.py               data parallel, CUDA or CPU
+
+Leaves in out_dir: ckpt.pt, log.csv, loss.png (the curves) and experts.png (routing weights by layer and domain, Fig. 6).
+"""
+import argparse
+import base64
+import csv
+import ctypes
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import prepare
+from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, load_checkpoint, \
+    save_checkpoint, upcycle
+
+# The paper's models (Table in Sec. 4.1, G.3); with --n_experts=8, 16 or 32 they are its 0.3B/8E and so on.
+PAPER = dict(block_size=4096, segment_len=256, tie_embeddings=False, learning_rate=2e-4, first_segment='self')
+PRESETS = {
+    '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816, batch_size=256),
+    '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096, batch_size=256),
+}
+
+
+def parse_flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, usage='python train.py [--flag=value ...]  (--help lists them)')
+
+    def flag(name, default, help, **kw):
+        parser.add_argument(f'--{name}', default=default, type=kw.pop('type', type(default)),
+                            help=f'{help} (default: {default})', **kw)
+
+    flag('preset', '', "start from a model of the paper, other flags override it", choices=['', *PRESETS])
+    flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
+    flag('out_dir', 'out', 'where the run leaves its checkpoint, log and plots')
+    flag('init_from', 'scratch', 'scratch, or resume: go on from out_dir/ckpt.pt')
+    flag('max_iters', 2000, 'updates in the whole run')
+    flag('batch_size', 8, 'sequences in an update, over all ranks and accumulation steps')
+    flag('gradient_accumulation_steps', 1, "pieces that each rank cuts its share of the batch into, to save memory")
+    flag('learning_rate', 3e-3, 'peak of the cosine schedule')
+    flag('min_lr_ratio', 0.1, 'its end, as a share of the peak')
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1)')
+    flag('dense_warmup', 0.05, 'share of the run trained dense before upcycling; 0 starts with experts (Sec. 4.1)')
+    flag('weight_decay', 0.1, "AdamW's, on matrices")
+    flag('beta1', 0.9, "AdamW's")
+    flag('beta2', 0.95, "AdamW's")
+    flag('grad_clip', 1.0, 'gradient norm above which the gradient is scaled down')
+    flag('eval_interval', 250, 'updates between validations, each of which saves ckpt.pt')
+    flag('eval_windows', 16, 'validation windows per domain, evenly spaced; the last validation reads them all')
+    flag('log_interval', 10, 'updates between log lines')
+    flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
+    flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
+         choices=['auto', 'float32', 'bfloat16', 'float16'])
+    flag('compile', False, 'torch.compile the model', type=boolean)
+    flag('seed', 1337, 'of the weights and of the order of the data')
+    add_flags(parser, LoryConfig)
+    return parser
+
+
+def pick_device(args):
+    """-> device, autocast dtype."""
+    device = args.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    dtype = args.dtype
+    if dtype == 'auto':
+        cpu = getattr(torch.cpu, 'get_capabilities', dict)()
+        fast = torch.cuda.is_bf16_supported() if 'cuda' in device else cpu.get('avx512_bf16') or cpu.get('amx_bf16')
+        dtype = 'bfloat16' if fast else 'float32'
+    return device, getattr(torch, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: windows of L + 1 tokens over the stream, each a function of (seed, sequence number) alone, so that the position
+# in the data is one integer, ranks read disjoint windows and a resumed run reads what it would have read.
+
+@lru_cache(maxsize=2)
+def window_starts(n_tokens, L, seed, epoch):
+    """First token of each of an epoch's windows, shuffled: they tile the stream from a random offset. (n_windows,)"""
+    n = max(1, (n_tokens - L) // L)
+    rng = np.random.default_rng([seed, epoch])
+    offset = rng.integers(min(L, n_tokens - n * L))
+    return offset + L * rng.permutation(n)
+
+
+def get_batch(tokens, first, count, L, seed, device):
+    """Sequences number first .. first + count - 1 of the endless training stream. -> x, y, each (count, L) int64"""
+    n = len(window_starts(len(tokens), L, seed, 0))
+    starts = [window_starts(len(tokens), L, seed, i // n)[i % n] for i in range(first, first + count)]
+    return to_xy([tokens[s:s + L + 1] for s in starts], device)
+
+
+def to_xy(windows, device):
+    xy = torch.from_numpy(np.stack(windows).astype(np.int64))        # (B, L + 1)
+    xy = xy.pin_memory().to(device, non_blocking=True) if 'cuda' in device else xy.to(device)
+    return xy[:, :-1], xy[:, 1:]
+
+
+def validation_windows(split, n_domains, L):
+    """The non-overlapping windows of each domain's own text. -> per domain a list of (<= L + 1,) token arrays"""
+    windows = []
+    for d in range(n_domains):
+        docs = np.flatnonzero(split.domain == d)                     # contiguous: prepare.py writes domain by domain
+        lo, hi = (split.start[docs[0]], split.start[docs[-1] + 1]) if len(docs) else (0, 0)
+        starts = range(lo, hi - L, L) or range(lo, hi - 1, L)        # a domain shorter than a window is one short one
+        windows.append([split.tokens[s:min(s + L + 1, hi)] for s in starts])
+    return windows
+
+
+@torch.no_grad()
+def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
+    """Validation per domain, always on the same windows: all of them, or `limit` evenly spaced ones.
+
+    Returns a float64 tensor (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions and [:, 1] after
+    segment 1, and the routing weights averaged per domain over the segments after the first, (n_domains, n_layer, E).
+    """
+    model.eval()
+    sums = torch.zeros(len(windows), 2, 3, dtype=torch.float64, device=device)
+    routing = torch.zeros(len(windows), model.config.n_layer, model.config.n_experts, device=device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch = max(1, args.batch_size // (world * args.gradient_accumulation_steps))
+    for d, chosen in enumerate(windows):
+        if limit and len(chosen) > limit:
+            chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+        for i in range(rank * batch, len(chosen), world * batch):
+            x, y = to_xy(chosen[i:i + batch], device)
+            with autocast:
+                logits, _, e = model(x, return_routing=True)
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view(y.shape)
+            size = token_bytes[y]                                    # (B, L); <|endoftext|> has no bytes: not counted
+            terms = torch.stack([nats * (size > 0), (size > 0).float(), size.float()]).double()   # (3, B, L)
+            sums[d, 0] += terms.sum((1, 2))
+            sums[d, 1] += terms[:, :, args.segment_len:].sum((1, 2))
+            routing[d] += e[:, :, 1:].mean(2).sum(0) / len(chosen) if e.shape[2] > 1 else e[:, :, 0].sum(0) / len(chosen)
+    if world > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(routing)
+    model.train()
+    return sums, routing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind: one row of log.csv per log line, and two pictures drawn from it and from the last routing.
+
+def write_log(path, rows):
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_open(path, 'w', newline='') as f:
+        writer = csv.DictWriter(f, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(out_dir, rows, routing, domains):
+    """loss.png from the log; experts.png from routing (n_domains, n_layer, E), as the paper's Fig. 6."""
+    import matplotlib  # here, for it takes a second that --help should not
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
+    ax[0].plot([r['step'] for r in train], [r['loss'] for r in train], color='0.6', lw=1)
+    ax[0].set(xlabel='step', ylabel='training loss (nats per token)')
+    for name in domains:
+        ax[1].plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', label=name)
+    ax[1].plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k--', label='mean')
+    ax[1].set(xlabel='step', ylabel='validation (bits per byte)')
+    ax[1].legend()
+    with atomic_open(f'{out_dir}/loss.png') as f:
+        fig.savefig(f, format='png', dpi=110)
+
+    n_layer, E = routing.shape[1:]
+    fig, axes = plt.subplots(1, n_layer, figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), squeeze=False,
+                             layout='constrained')
+    for layer, a in enumerate(axes[0]):
+        image = a.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), cmap='viridis', aspect='auto')
+        a.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(0, E, max(1, E // 8)),
+              yticks=range(len(domains)), yticklabels=domains if layer == 0 else [])
+    fig.colorbar(image, ax=axes, label='mean routing weight')
+    with atomic_open(f'{out_dir}/experts.png') as f:
+        fig.savefig(f, format='png', dpi=110)
+    plt.close('all')
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine from learning_rate to min_lr_ratio of it at max_iters (Sec. 4.1)."""
+    warmup = args.warmup * args.max_iters
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, args.max_iters - warmup)
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def main(argv=None):
+    # --- settings ---
+    parser = parse_flags()
+    args = parser.parse_args(argv)
+    checkpoint = f'{args.out_dir}/ckpt.pt'
+    if args.preset:
+        parser.set_defaults(**PRESETS[args.preset])
+    if args.init_from == 'resume':
+        # The run's own settings become the defaults, so that only what is to change need be said again.
+        _, ckpt = load_checkpoint(checkpoint)
+        parser.set_defaults(**ckpt['args'])
+    elif os.path.exists(checkpoint):
+        raise UserError(f'{args.out_dir} holds a run already: go on with --init_from=resume, or choose another --out_dir.')
+    args = parser.parse_args(argv)
+    fixed = {*LoryConfig.__dataclass_fields__, 'dataset', 'batch_size', 'dense_warmup', 'seed'}
+    if args.init_from == 'resume':
+        for name, was in ckpt['args'].items():
+            if name in fixed and getattr(args, name) != was:
+                raise UserError(f'the run in {args.out_dir} has {name}={was}, which cannot change: leave --{name} out, '
+                                'or start another run with another --out_dir.')
+    config = {k: v for k, v in vars(args).items() if k in LoryConfig.__dataclass_fields__}
+    LoryConfig(**config)                                             # refuse what does not fit before any work is done
+
+    # --- processes and device ---
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    share, rest = divmod(args.batch_size, world * args.gradient_accumulation_steps)
+    if rest or not share:
+        raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
+                        f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
+    device, dtype = pick_device(args)
+    if world > 1:
+        if 'cuda' in device:
+            torch.cuda.set_device(device)
+        dist.init_process_group('nccl' if 'cuda' in device else 'gloo')
+    say = print if rank == 0 else lambda *a, **kw: None
+    autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
+    torch.set_float32_matmul_precision('high')                       # TF32 for what autocast leaves in float32
+    if device == 'cpu' and hasattr(ctypes.CDLL(None), 'mallopt'):
+        # glibc hands large blocks back to the kernel and faults them in again, page by page, at each step. Told to keep
+        # them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), a training step takes two thirds of the time.
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+
+    # --- data ---
+    if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
+        prepare.main([])
+    if world > 1:
+        dist.barrier()
+    data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
+    domains, vocab_size = data.meta['domains'], data.meta['vocab_size']
+    windows = validation_windows(data.val, len(domains), args.block_size)
+    size = [len(base64.b64decode(token)) for token in data.tokenizer['tokens']]
+    token_bytes = torch.tensor(size + [0] * (vocab_size - len(size)), device=device)   # (V,), special tokens have none
+    identity = data.meta['sha256']                                   # of tokenizer and bins: resuming needs the same
+
+    # --- model and optimiser ---
+    torch.manual_seed(args.seed)
+    config = LoryConfig(**config, vocab_size=vocab_size)
+    warm = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
+    if args.init_from == 'resume':
+        model, ckpt = load_checkpoint(checkpoint, device)
+        if ckpt['data'] != identity:
+            raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
+                            'before, or start another run with another --out_dir.')
+        step, rows, active = ckpt['step'], ckpt['rows'], ckpt['active'].to(device)
+    else:
+        model = Lory(replace(config, n_experts=1) if warm else config).to(device)
+        step, rows, active = 0, [], torch.zeros(config.n_layer, config.n_experts, device=device)
+    optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
+    if args.init_from == 'resume':
+        optimizer.load_state_dict(ckpt['optimizer'])
+        scaler.load_state_dict(ckpt['scaler'])
+        torch.set_rng_state(ckpt['rng'])
+
+    def wrap(model):
+        """The model as the loop runs it; `model` itself stays bare, so checkpoints know nothing of wrappers."""
+        running = torch.compile(model) if args.compile else model
+        return DDP(running, device_ids=[device] if 'cuda' in device else None) if world > 1 else running
+
+    running = wrap(model)
+    tokens_per_step = args.batch_size * args.block_size
+    say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(domains)} domains, '
+        f'vocabulary {vocab_size:,}')
+    say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
+        f'{config.segment_len}, first segment {config.first_segment}')
+    say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
+        f'{args.max_iters * tokens_per_step / 1e6:.1f}M tokens, {args.max_iters * tokens_per_step / len(data.train.tokens):.1f} '
+        f'epochs, on {world} x {device} in {str(dtype)[6:]}')
+    if warm and step < warm:
+        say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
+    os.makedirs(args.out_dir, exist_ok=True)
+    seconds, since = 0.0, step                                       # spent on the steps since the last log line
+
+    while True:
+        # --- dense warm-up ends (Sec. 4.1, G.3) ---
+        if step >= warm and model.config.n_experts < config.n_experts:
+            model, optimizer = upcycle(model, config.n_experts, optimizer)
+            running = wrap(model)
+            say(f'step {step:6d} | the dense FFN becomes {config.n_experts} experts: {model.num_params():,} parameters, '
+                f'{model.num_params(active=True):,} active')
+
+        # --- validate and save; a resumed run has done both for its first step ---
+        last = step == args.max_iters
+        if (step % args.eval_interval == 0 or last) and not (rows and rows[-1]['step'] == step and 'val_bpb' in rows[-1]):
+            sums, routing = evaluate(model, windows, token_bytes, args, device, autocast, None if last else args.eval_windows)
+            bpb = sums[..., 0] / sums[..., 2] / math.log(2)          # (n_domains, 2)
+            ppl = (sums[..., 0] / sums[..., 1]).exp()
+            row = dict(step=step, val_bpb=bpb[:, 0].mean().item(), later_bpb=bpb[:, 1].mean().item())
+            for d, name in enumerate(domains):
+                row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
+                        f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
+            rows.append(row)
+            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte, {row["later_bpb"]:.4f} after segment 1 | '
+                + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in domains))
+            if rank == 0:
+                write_log(f'{args.out_dir}/log.csv', rows)
+                plot(args.out_dir, rows, routing.cpu().numpy(), domains)
+                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, active=active.cpu(),
+                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
+                                data=identity, tokenizer=data.tokenizer)
+        if last:
+            break
+
+        # --- one update ---
+        t0 = time.time()
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, args)
+        loss = 0.0
+        for i in range(args.gradient_accumulation_steps):
+            first = step * args.batch_size + (i * world + rank) * share
+            x, y = get_batch(data.train.tokens, first, share, args.block_size, args.seed, device)
+            if world > 1:                                            # ranks exchange gradients once, at the last piece
+                running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+            with autocast:
+                _, piece, e = running(x, y, return_routing=True)
+            scaler.scale(piece / args.gradient_accumulation_steps).backward()
+            loss += piece.item() / args.gradient_accumulation_steps
+            active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E), paper G.1
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise UserError(f'step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched: go on from '
+                            'it with --init_from=resume and a lower --learning_rate.')
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        seconds += time.time() - t0
+        step += 1
+
+        # --- report ---
+        if step % args.log_interval == 0:
+            per_step = seconds / (step - since)
+            rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
+                             tok_s=tokens_per_step / per_step, experts=active.mean().item()))
+            left = int(per_step * (args.max_iters - step))
+            if step % (10 * args.log_interval) == 0 or step == args.log_interval:
+              say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms | '
+                f'{tokens_per_step / per_step:8,.0f} tok/s | experts in use {100 * active.mean():3.0f}% | '
+                f'{left // 60}:{left % 60:02d} left', flush=True)
+            seconds, since, active = 0.0, step, torch.zeros_like(active)
+
+    say(f'done: {args.out_dir}/ ' + ', '.join(sorted(os.listdir(args.out_dir))) + '; now try: python sample.py')
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(2)
