@@ -4,7 +4,7 @@ Lory: a fully differentiable mixture-of-experts language model (Zhong et al., CO
 A usual MoE sends each token to a few experts. That choice is discrete, so its router needs tricks to learn. Lory makes
 no choice: it averages the experts *in parameter space* with softmax weights and runs the one averaged FFN,
 
-    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),                              (Sec. 2.2, from SMEAR)
+    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),                             (Sec. 2.2, from SMEAR)
 
 so everything is differentiable and no balancing loss is needed. One merge per token would cost E FFNs a token. Lory
 merges once per *segment* of T tokens, and stays autoregressive by *causal segment routing*: the weights of a segment
@@ -61,11 +61,14 @@ class LoryConfig:
     vocab_size: int = 2048  # no flag: the data's tokenizer decides it
     block_size: int = option(1024, 'L, tokens in a training sequence, and how far back attention looks')
     n_layer: int = option(2, 'transformer blocks')
-    n_head: int = option(4, 'attention heads')
+    n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
     ffn_hidden: int = option(0, "H, hidden width of one expert's SwiGLU; 0: 8/3 of n_embd, rounded up to 32's multiple")
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
+    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all by segment 1 (Sec. 5.1); '
+                                    'expert_choice: tokens to experts, the sparse baseline (Sec. 5.3)',
+                          ('causal', 'prefix', 'expert_choice'))
     first_segment: str = option('prior', 'what routes segment 1: prior, a learned constant (strictly causal), or self, '
                                          'its own mean behind a stop-gradient (the paper)', ('prior', 'self'))
     tie_embeddings: bool = option(True, 'one matrix for token embedding and output head')
@@ -124,7 +127,7 @@ class LoryFFN(nn.Module):
     def __init__(self, config):
         super().__init__()
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
-        self.segment_len, self.first_segment = config.segment_len, config.first_segment
+        self.segment_len, self.routing, self.first_segment = config.segment_len, config.routing, config.first_segment
         self.gate = nn.Parameter(torch.empty(E, D, H))
         self.up = nn.Parameter(torch.empty(E, D, H))
         self.down = nn.Parameter(torch.empty(E, H, D))
@@ -147,7 +150,8 @@ class LoryFFN(nn.Module):
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
             bias = self.router.bias
             first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)
-        return torch.cat([first, e[:, :-1]], 1)                      # the last segment's own summary is never read
+        # The last segment's own summary is never read. (Prefix, the ablation, reads none but the first's.)
+        return torch.cat([first, e[:, :-1] if self.routing == 'causal' else e[:, :1].expand_as(e)[:, 1:]], 1)
 
     def merged(self, e):
         """The FFNs that e (S, E) makes of the experts: [gate (S, D, H), up (S, D, H), down (S, H, D)]."""
@@ -172,6 +176,33 @@ class LoryFFN(nn.Module):
         x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
         e = self.route(x)                                            # (B, N, E)
         return self.run(x, e).view(B, N * T, D)[:, :L], e
+
+
+class ExpertChoiceFFN(LoryFFN):
+    """The sparse baseline: token-level Expert Choice (arXiv:2202.09368), capacity factor 1. Same weights, no merging.
+
+    In training each expert takes the L/E tokens of a sequence that want it most, so the load is even by construction.
+    But whether a token is taken then depends on tokens after it. A language model must be judged without that, so in
+    evaluation each token goes to its own best expert.
+    """
+    def forward(self, x):
+        B, L, D = x.shape
+        score = self.weights(x)                                      # (B, L, E)
+        E = score.shape[-1]
+        y = torch.zeros_like(x)
+        if self.training:
+            k = max(1, L // E)
+            share, token = score.mT.topk(k)                          # (B, E, k) both
+            at = token.view(B, E * k, 1).expand(-1, -1, D)           # (B, E * k, D)
+            h = x.gather(1, at).view(B, E, k, D).transpose(0, 1).flatten(1, 2)        # (E, B * k, D)
+            h = swiglu(h, self.gate, self.up, self.down).view(E, B, k, D).transpose(0, 1)
+            y = y.scatter_add(1, at, (h * share[..., None]).flatten(1, 2).to(y.dtype))
+        else:
+            share, best = score.max(-1)                              # (B, L) both
+            for i in range(E):
+                mine = best == i
+                y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * share[mine][:, None]).to(y.dtype)
+        return y, score.mean(1, keepdim=True)                        # (B, L, D), (B, 1, E)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,8 +241,8 @@ class Cache:
 
     def feed(self, ffn, x, pos):
         """The layer's FFN: the prompt (B, L, D) at the first call, then one token (B, 1, D) at pos (B, 1). -> y, e"""
-        if ffn.router is None:
-            return ffn(x)                                            # dense: nothing to remember
+        if ffn.router is None or ffn.routing == 'expert_choice':
+            return ffn(x)                                            # dense, or token by token: nothing to remember
         T = ffn.segment_len
         if self.ffn is None:
             if self.routing == 'prompt':
@@ -224,7 +255,8 @@ class Cache:
             self.total = x[:, (x.shape[1] - 1) // T * T:].sum(1)     # (B, D), over the prompt's last segment
             return y, self.e
         if self.routing == 'segment':
-            new = pos[:, 0] % T == 0                                 # (B,) sequences that begin a segment
+            # (B,) sequences that begin a segment; after prefix routing's second, weights stay as they are
+            new = pos[:, 0] % T == 0 if ffn.routing == 'causal' else pos[:, 0] == T
             if new.any():
                 self.e[new, -1] = ffn.weights(self.total[new] / T)
                 for w, fresh in zip(self.ffn, ffn.merged(self.e[new, -1])):
@@ -287,7 +319,7 @@ class Block(nn.Module):
         self.attn_norm = nn.RMSNorm(config.n_embd)
         self.attn = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.n_embd)
-        self.ffn = LoryFFN(config)
+        self.ffn = (ExpertChoiceFFN if config.routing == 'expert_choice' and config.n_experts > 1 else LoryFFN)(config)
 
     def forward(self, x, pos, cache=None):
         x = x + self.attn(self.attn_norm(x), pos, cache)
@@ -348,7 +380,7 @@ class Lory(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
     def num_params(self, active=False):
-        """Parameters, or the active ones: those one token meets, its merged FFN counted once and the router left out."""
+        """Parameters, or the active ones: what one token meets, its merged FFN counted once and the router left out."""
         E = self.config.n_experts
         n = 0
         for name, p in self.named_parameters():
@@ -363,7 +395,7 @@ class Lory(nn.Module):
     def prefill(self, idx, routing='prompt'):
         """Read prompts of one length, (B, L) with 1 <= L <= block_size. `routing` is how the experts are merged:
         'prompt', once from the mean of the whole prompt (Sec. 3.1), or 'segment', anew every T tokens as in training
-        (G.2). -> logits of the next token (B, V), routing weights (B, n_layer, N, E), the cache."""
+        (G.2). Call model.eval() before. -> next token's logits (B, V), routing weights (B, n_layer, N, E), cache"""
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens; this model reads 1 to block_size={self.config.block_size}.')
@@ -402,10 +434,19 @@ class Lory(nn.Module):
         each layer merged as the prompt routes them. Its logits are those of prompt-only routing."""
         _, _, cache = self.prefill(idx, 'prompt')
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
+        if self.config.routing == 'expert_choice':
+            raise UserError('a model with routing=expert_choice has no merged experts to specialize.')
         merged = {f'blocks.{i}.ffn.{name}': w for i, layer in enumerate(cache)
                   for name, w in zip(('gate', 'up', 'down'), layer.ffn or ())}
         dense.load_state_dict({n: merged.get(n, w) for n, w in self.state_dict().items() if '.router.' not in n})
         return dense
+
+    def flops_per_token(self, L):
+        """Multiply-adds of a training step count two, backward twice forward: 6 a parameter that the token meets (the
+        embedding is a look-up), 6 D L a layer for causal attention, and 6 E/T of the FFN's parameters for the merge."""
+        c, ffn = self.config, 3 * self.config.n_embd * self.config.ffn_hidden
+        merge = ffn * c.n_experts / min(c.segment_len, L) if c.n_experts > 1 and c.routing != 'expert_choice' else 0
+        return 6 * (c.n_layer * (4 * c.n_embd**2 + ffn + merge + c.n_embd * L) + c.n_embd * c.vocab_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,8 +469,8 @@ def upcycle(dense, n_experts, optimizer=None):
     group = optimizer.param_groups[0]
     moved = model.optimizer(group['lr'], group['weight_decay'], group['betas'])
     for name, p in old.items():
-        # With weights near 1/E an expert hears 1/E of the dense gradient g. Adam's averages of g and g² follow suit, so
-        # that the first steps after upcycling are neither too long nor too short.
+        # With weights near 1/E an expert hears 1/E of the dense gradient g. Adam's averages of g and g² follow suit,
+        # so that the first steps after upcycling are neither too long nor too short.
         share = 1 / n_experts if new[name].shape != p.shape else 1
         state = optimizer.state[p]
         moved.state[new[name]] = dict(step=state['step'].clone(),

@@ -21,7 +21,7 @@ from prepare import encode, load_tokenizer
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, usage='python sample.py [--flag=value ...]  (--help lists them)')
+                                     allow_abbrev=False, usage='python sample.py [--flag=value ...], see --help')
 
     def flag(name, default, help, **kw):
         parser.add_argument(f'--{name}', default=default, help=f'{help} (default: {default!r})',
@@ -38,7 +38,7 @@ def parse_flags():
     flag('stop', '', 'end a sample where this text appears, besides at the end of a document')
     flag('routing', 'prompt', 'prompt: merge the experts once; segment: again every T tokens, as in training',
          choices=['prompt', 'segment'])
-    flag('show_routing', False, "print the experts' shares in each layer, as the prompt chose them", action='store_true')
+    flag('show_routing', False, "print each expert's share in each layer, as the prompt chose", action='store_true')
     flag('save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
     flag('seed', 1337, 'of the draws')
     flag('device', 'cuda' if torch.cuda.is_available() else 'cpu', 'cpu, cuda, mps')
@@ -79,7 +79,8 @@ def show_routing(e):
     """Print routing weights (n_layer, E) as percentages, the largest share of each layer marked."""
     print('experts     ' + ''.join(f'{i + 1:6d}' for i in range(e.shape[1])))
     for layer, shares in enumerate(e.tolist()):
-        print(f'layer {layer + 1:<3d}   ' + ''.join(f'{100 * s:5.0f}' + ('*' if s == max(shares) else ' ') for s in shares))
+        cells = (f'{100 * share:5.0f}' + ('*' if share == max(shares) else ' ') for share in shares)
+        print(f'layer {layer + 1:<3d}   ' + ''.join(cells))
     print()
 
 
@@ -105,7 +106,8 @@ def main(argv=None):
         print(args.start, end='', flush=True)
         decoder = codecs.getincrementaldecoder('utf-8')('replace')       # a character may span tokens
         text, shown, end, n_tokens, t0 = '', 0, -1, 0, time.time()
-        for token in model.stream(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.routing):
+        for token in model.stream(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                                  args.routing):
             n_tokens += 1
             if token.item() == tokenizer.eot_token:
                 break

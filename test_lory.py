@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import prepare
 import sample as sample_script
 import train
-from lory import (Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, load_checkpoint, sample, save_checkpoint,
+from lory import (ExpertChoiceFFN, Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, load_checkpoint, sample, save_checkpoint,
                   upcycle)
 
 torch.set_num_threads(1)
@@ -208,6 +208,58 @@ def test_where_gradients_flow():
     assert weight.abs().max() == 0 and bias.abs().min() > 0, 'the prior is learned, from the bias alone'
 
 
+@pytest.mark.parametrize('L', [24, 20, 4])
+def test_prefix_routing_equals_naive_loop(L):
+    """Sec. 5.1: segment 1 routes every segment after it."""
+    ffn = sharp(LoryFFN(small(routing='prefix')), scale=2.0)
+    x, T = torch.randn(2, L, 16, dtype=torch.float64), 6
+    y = ffn(x)[0]
+    for b in range(2):
+        for t in range(L):
+            logits = x[b, :T].mean(0) @ ffn.router.weight.T + ffn.router.bias if t >= T else ffn.router.bias
+            gate, up, down = (torch.einsum('e,eio->io', logits.softmax(0), w) for w in (ffn.gate, ffn.up, ffn.down))
+            torch.testing.assert_close(y[b, t], (F.silu(x[b, t] @ gate) * (x[b, t] @ up)) @ down)
+
+
+def test_expert_choice_equals_naive_loop_in_training_and_evaluation():
+    """Sec. 5.3: each expert takes its k best tokens of a sequence; in evaluation each token takes its best expert."""
+    ffn = sharp(ExpertChoiceFFN(small(routing='expert_choice')), scale=1.0)
+    x = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
+
+    def expert(i, h):
+        return (F.silu(h @ ffn.gate[i]) * (h @ ffn.up[i])) @ ffn.down[i]
+    probe = torch.randn(2, 20, 16, dtype=torch.float64)
+    for training in (True, False):
+        ffn.train(training)
+        rows = [[torch.zeros(16, dtype=torch.float64) for _ in range(20)] for _ in range(2)]
+        for b in range(2):
+            score = (x[b] @ ffn.router.weight.T + ffn.router.bias).softmax(-1)
+            for i in range(4):
+                best = score[:, i].argsort(descending=True)[:5] if training else (score.argmax(-1) == i).nonzero()[:, 0]
+                for t in best.tolist():
+                    rows[b][t] = rows[b][t] + score[t, i] * expert(i, x[b, t])
+        naive = torch.stack([torch.stack(r) for r in rows])
+        y = ffn(x)[0]
+        torch.testing.assert_close(y, naive)
+        params = [x, *ffn.parameters()]
+        for a, b in zip(torch.autograd.grad((y * probe).sum(), params), torch.autograd.grad((naive * probe).sum(), params)):
+            torch.testing.assert_close(a, b)
+
+
+def test_what_is_causal_and_what_is_not():
+    """prefix and expert_choice are causal where they are judged. The positive controls, expert choice as it trains and
+    SMEAR's mean over the whole sequence, must be caught by the same probe."""
+    torch.manual_seed(0)
+    idx = torch.randint(50, (3, 24))
+
+    def leaks(model):
+        return any(moved(model, idx, 1, t)[1, :t].any() for t in range(1, 24))
+    choice = sharp(Lory(small(routing='expert_choice')))
+    smear = sharp(Lory(small(segment_len=24, first_segment='self')))
+    assert not leaks(sharp(Lory(small(routing='prefix'))))
+    assert not leaks(choice.eval()) and leaks(choice.train()) and leaks(smear)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Dense warm-up.
 
@@ -278,9 +330,11 @@ def naive_greedy(model, prompt, n):
     return idx[len(prompt):]
 
 
-@pytest.mark.parametrize('first_segment, lengths', [('prior', range(1, 15)), ('self', range(6, 15))])
-def test_segment_routing_decodes_what_the_full_pass_computes_at_every_position(first_segment, lengths):
-    model = sharp(Lory(small(first_segment=first_segment)))
+@pytest.mark.parametrize('routing, first_segment, lengths', [
+    ('causal', 'prior', range(1, 15)), ('causal', 'self', range(6, 15)), ('prefix', 'prior', range(1, 15)),
+    ('expert_choice', 'prior', (1, 9))])
+def test_segment_routing_decodes_what_the_full_pass_computes_at_every_position(routing, first_segment, lengths):
+    model = sharp(Lory(small(routing=routing, first_segment=first_segment))).eval()
     idx = torch.randint(50, (2, 24))
     full = model(idx)[0]
     for L in lengths:                                                # any prompt length modulo T = 6

@@ -1,12 +1,12 @@
 """
 Train a Lory, or its dense baseline, from top to bottom of this file.
 
-    python train.py                                    the built-in corpus, prepared if missing; ten minutes on two cores
+    python train.py                                    the built-in corpus, prepared if missing; ten minutes, two cores
     python train.py --n_experts=1 --out_dir=out-dense  the dense model of equal active size
     python train.py --init_from=resume                 go on where the last run stopped
     torchrun --nproc_per_node=8 train.py               data parallel, CUDA or CPU
 
-Leaves in out_dir: ckpt.pt, log.csv, loss.png (the curves) and experts.png (routing weights by layer and domain, Fig. 6).
+Leaves in out_dir: ckpt.pt, log.csv, loss.png and experts.png (routing weights by layer and domain, Fig. 6).
 """
 import argparse
 import base64
@@ -39,7 +39,7 @@ PRESETS = {
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, usage='python train.py [--flag=value ...]  (--help lists them)')
+                                     allow_abbrev=False, usage='python train.py [--flag=value ...], see --help')
 
     def flag(name, default, help, **kw):
         parser.add_argument(f'--{name}', default=default, type=kw.pop('type', type(default)),
@@ -49,8 +49,8 @@ def parse_flags():
     flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
     flag('out_dir', 'out', 'where the run leaves its checkpoint, log and plots')
     flag('init_from', 'scratch', 'scratch, or resume: go on from out_dir/ckpt.pt')
-    flag('max_iters', 2000, 'updates in the whole run')
-    flag('batch_size', 8, 'sequences in an update, over all ranks and accumulation steps')
+    flag('max_iters', 6000, 'updates in the whole run')
+    flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps')
     flag('gradient_accumulation_steps', 1, "pieces that each rank cuts its share of the batch into, to save memory")
     flag('learning_rate', 3e-3, 'peak of the cosine schedule')
     flag('min_lr_ratio', 0.1, 'its end, as a share of the peak')
@@ -60,9 +60,9 @@ def parse_flags():
     flag('beta1', 0.9, "AdamW's")
     flag('beta2', 0.95, "AdamW's")
     flag('grad_clip', 1.0, 'gradient norm above which the gradient is scaled down')
-    flag('eval_interval', 250, 'updates between validations, each of which saves ckpt.pt')
+    flag('eval_interval', 500, 'updates between validations, each of which saves ckpt.pt')
     flag('eval_windows', 16, 'validation windows per domain, evenly spaced; the last validation reads them all')
-    flag('log_interval', 10, 'updates between log lines')
+    flag('log_interval', 50, 'updates between log lines, over which experts in use are counted')
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
     flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
@@ -85,6 +85,14 @@ def pick_device(args):
         fast = torch.cuda.is_bf16_supported() if 'cuda' in device else cpu.get('avx512_bf16') or cpu.get('amx_bf16')
         dtype = 'bfloat16' if fast else 'float32'
     return device, getattr(torch, dtype)
+
+
+def keep_memory(device):
+    """glibc hands large blocks back to the kernel and faults them in again, page by page, at each step. Told to keep
+    them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), a training step on the CPU takes two thirds of the time."""
+    if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,7 +156,8 @@ def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
             terms = torch.stack([nats * (size > 0), (size > 0).float(), size.float()]).double()   # (3, B, L)
             sums[d, 0] += terms.sum((1, 2))
             sums[d, 1] += terms[:, :, args.segment_len:].sum((1, 2))
-            routing[d] += e[:, :, 1:].mean(2).sum(0) / len(chosen) if e.shape[2] > 1 else e[:, :, 0].sum(0) / len(chosen)
+            e = e[:, :, 1:] if e.shape[2] > 1 else e                 # (B, n_layer, N - 1, E)
+            routing[d] += e.mean(2).sum(0) / len(chosen)
     if world > 1:
         dist.all_reduce(sums)
         dist.all_reduce(routing)
@@ -219,7 +228,7 @@ def main(argv=None):
         _, ckpt = load_checkpoint(checkpoint)
         parser.set_defaults(**ckpt['args'])
     elif os.path.exists(checkpoint):
-        raise UserError(f'{args.out_dir} holds a run already: go on with --init_from=resume, or choose another --out_dir.')
+        raise UserError(f'{args.out_dir} holds a run: go on with --init_from=resume, or choose another --out_dir.')
     args = parser.parse_args(argv)
     fixed = {*LoryConfig.__dataclass_fields__, 'dataset', 'batch_size', 'dense_warmup', 'seed'}
     if args.init_from == 'resume':
@@ -245,11 +254,7 @@ def main(argv=None):
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     torch.set_float32_matmul_precision('high')                       # TF32 for what autocast leaves in float32
-    if device == 'cpu' and hasattr(ctypes.CDLL(None), 'mallopt'):
-        # glibc hands large blocks back to the kernel and faults them in again, page by page, at each step. Told to keep
-        # them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), a training step takes two thirds of the time.
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    keep_memory(device)
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
@@ -293,9 +298,10 @@ def main(argv=None):
         f'vocabulary {vocab_size:,}')
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
         f'{config.segment_len}, first segment {config.first_segment}')
+    planned = args.max_iters * tokens_per_step
     say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
-        f'{args.max_iters * tokens_per_step / 1e6:.1f}M tokens, {args.max_iters * tokens_per_step / len(data.train.tokens):.1f} '
-        f'epochs, on {world} x {device} in {str(dtype)[6:]}')
+        f'{planned / 1e6:.1f}M tokens, {planned / len(data.train.tokens):.1f} epochs, on {world} x {device} in '
+        f'{str(dtype)[6:]}')
     if warm and step < warm:
         say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
     os.makedirs(args.out_dir, exist_ok=True)
@@ -311,17 +317,19 @@ def main(argv=None):
 
         # --- validate and save; a resumed run has done both for its first step ---
         last = step == args.max_iters
-        if (step % args.eval_interval == 0 or last) and not (rows and rows[-1]['step'] == step and 'val_bpb' in rows[-1]):
-            sums, routing = evaluate(model, windows, token_bytes, args, device, autocast, None if last else args.eval_windows)
+        done = bool(rows) and rows[-1]['step'] == step and 'val_bpb' in rows[-1]
+        if (step % args.eval_interval == 0 or last) and not done:
+            limit = None if last else args.eval_windows
+            sums, routing = evaluate(model, windows, token_bytes, args, device, autocast, limit)
             bpb = sums[..., 0] / sums[..., 2] / math.log(2)          # (n_domains, 2)
             ppl = (sums[..., 0] / sums[..., 1]).exp()
-            row = dict(step=step, val_bpb=bpb[:, 0].mean().item(), later_bpb=bpb[:, 1].mean().item())
+            row = dict(step=step, val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
             for d, name in enumerate(domains):
                 row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
                         f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
             rows.append(row)
-            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte, {row["later_bpb"]:.4f} after segment 1 | '
-                + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in domains))
+            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte, {row["later_bpb"]:.4f} after segment 1'
+                ' | ' + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in domains))
             if rank == 0:
                 write_log(f'{args.out_dir}/log.csv', rows)
                 plot(args.out_dir, rows, routing.cpu().numpy(), domains)
@@ -345,12 +353,12 @@ def main(argv=None):
                 _, piece, e = running(x, y, return_routing=True)
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
             loss += piece.item() / args.gradient_accumulation_steps
-            active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E), paper G.1
+            active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E), App. G.1
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f'step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched: go on from '
-                            'it with --init_from=resume and a lower --learning_rate.')
+            raise UserError(f'step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched: go on '
+                            'from it with --init_from=resume and a lower --learning_rate.')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -363,9 +371,8 @@ def main(argv=None):
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
-            if step % (10 * args.log_interval) == 0 or step == args.log_interval:
-              say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms | '
-                f'{tokens_per_step / per_step:8,.0f} tok/s | experts in use {100 * active.mean():3.0f}% | '
+            say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
+                f' | {tokens_per_step / per_step:8,.0f} tok/s | experts in use {100 * active.mean():3.0f}% | '
                 f'{left // 60}:{left % 60:02d} left', flush=True)
             seconds, since, active = 0.0, step, torch.zeros_like(active)
 
@@ -380,3 +387,6 @@ if __name__ == '__main__':
     except UserError as e:
         print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation.', file=sys.stderr)
+        sys.exit(130)

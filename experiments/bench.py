@@ -1,0 +1,196 @@
+"""
+What do merged experts cost? Training steps of Lory against its dense baseline, in one process, alternating, medians.
+
+    python experiments/bench.py                     the default size and width 256, on this machine's CPU or GPU
+    python experiments/bench.py --size=paper        the paper's 0.3B shape, for a GPU: bf16, compiled, L 4096
+
+Writes experiments/bench-<size>-<device>.json and draws assets/bench.png from the default and the width-256 file.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import lory
+from lory import Lory, LoryConfig
+from train import PRESETS, keep_memory, pick_device
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}              # dense bf16 FLOP/s, from the vendor's data sheets
+SIZES = {
+    'default': (dict(), 4),                                          # (config, sequences a step)
+    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 4),
+    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000), 4),
+}
+VARIANTS = {                                                         # name -> what differs from the size's config
+    'dense': dict(n_experts=1),
+    **{f'E={E}': dict(n_experts=E) for E in (2, 8, 16, 32)},
+    **{f'E=8 T={T}': dict(n_experts=8, segment_len=T) for T in (64, 128, 512)},
+    'E=8 kept': dict(n_experts=8),                                   # plain formula: merged weights wait for backward
+    'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
+}
+
+
+@contextmanager
+def plain_formula(on):
+    """MergedLinear replaced by the formula that autograd would differentiate by itself, keeping all it computes."""
+    ours = lory.MergedLinear
+    if on:
+        lory.MergedLinear = type('Plain', (), dict(apply=staticmethod(lambda x, e, theta: x @ lory.merge(e, theta))))
+    try:
+        yield
+    finally:
+        lory.MergedLinear = ours
+
+
+class Subject:
+    """One variant: model, optimiser, and the times of its steps."""
+
+    def __init__(self, name, config, batch, device, dtype, compiled):
+        self.name, self.device, self.times = name, device, []
+        torch.manual_seed(0)
+        self.model = Lory(LoryConfig(**config)).to(device)
+        self.running = torch.compile(self.model) if compiled else self.model
+        self.optimizer = self.model.optimizer(1e-3, 0.1, (0.9, 0.95))
+        self.autocast = lambda: torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
+        self.idx = torch.randint(self.model.config.vocab_size, (batch, self.model.config.block_size + 1), device=device)
+
+    def clock(self):
+        if 'cuda' in self.device:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self):
+        with plain_formula(self.name == 'E=8 kept'):
+            t = [self.clock()]
+            with self.autocast():
+                loss = self.running(self.idx[:, :-1], self.idx[:, 1:])[1]
+            t.append(self.clock())
+            loss.backward()
+            t.append(self.clock())
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            t.append(self.clock())
+        self.times.append([b - a for a, b in zip(t, t[1:])])         # forward, backward, optimiser
+
+    def peak_memory(self):
+        """Bytes a step holds at most, beyond parameters, optimiser state and gradients."""
+        gradients = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if 'cuda' in self.device:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            return torch.cuda.max_memory_allocated() - before - gradients
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            self.step()
+        held = peak = 0
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak - gradients
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', nargs='+', default=['default', 'width256'], choices=SIZES)
+    parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument('--rounds', type=int, default=15, help='timed steps of each variant')
+    parser.add_argument('--batch', type=int, default=0, help='sequences a step; 0: the size\'s own')
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--compile', action='store_true')
+    args = parser.parse_args()
+    device, dtype = pick_device(args)
+    keep_memory(device)
+    for size in args.size:
+        config, batch = SIZES[size]
+        batch = args.batch or batch
+        subjects = [Subject(name, config | VARIANTS[name], batch, device, dtype, args.compile) for name in args.variants]
+        for subject in subjects:                                     # warm up, and compile
+            subject.step()
+            subject.step()
+            subject.times.clear()
+        for _ in range(args.rounds):                                 # alternating, so that drift hits all alike
+            for subject in subjects:
+                subject.step()
+        tokens = batch * subjects[0].model.config.block_size
+        rows, dense = [], None
+        for subject in subjects:
+            total = [sum(t) for t in subject.times]
+            dense = dense or total
+            ratios = [d / t for d, t in zip(dense, total)]           # round by round, then the median
+            quartiles = statistics.quantiles(ratios, n=4)
+            parts = [statistics.median(t) * 1000 for t in zip(*subject.times)]
+            c = subject.model.config
+            flops = subject.model.flops_per_token(c.block_size)
+            speed = tokens / statistics.median(total)
+            card = next((p for name, p in PEAK.items() if 'cuda' in device and name in torch.cuda.get_device_name()), None)
+            rows.append(dict(variant=subject.name, params=subject.model.num_params(), tok_s=speed,
+                             ratio=statistics.median(ratios), ratio_q1=quartiles[0], ratio_q3=quartiles[2],
+                             bound=subjects[0].model.flops_per_token(c.block_size) / flops,
+                             forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2],
+                             peak_mb=subject.peak_memory() / 1e6, flops_per_token=flops,
+                             utilization=card and speed * flops / card))
+        print(f'\n{size}: {config}, {batch} x {subjects[0].model.config.block_size} tokens a step, {device}, {dtype}, '
+              f'{torch.get_num_threads()} threads, compiled {args.compile}, medians of {args.rounds} rounds')
+        print(f'{"variant":18} {"params":>12} {"tok/s":>9} {"of dense":>8} {"quartiles":>13} {"bound":>6} {"forward":>8} '
+              f'{"backward":>8} {"optim":>6} {"peak MB":>8} {"util":>5}')
+        for r in rows:
+            print(f'{r["variant"]:18} {r["params"]:12,} {r["tok_s"]:9,.0f} {r["ratio"]:8.3f}  {r["ratio_q1"]:.3f}-{r["ratio_q3"]:.3f}'
+                  f' {r["bound"]:6.3f} {r["forward_ms"]:8.1f} {r["backward_ms"]:8.1f} {r["optimizer_ms"]:6.1f} '
+                  f'{r["peak_mb"]:8.1f} {r["utilization"] or float("nan"):5.2f}')
+        # Extra time a step, E experts over dense, as a fixed part and a part per expert: least squares over E.
+        by = {r['variant']: sum(r[k] for k in ('forward_ms', 'backward_ms', 'optimizer_ms')) for r in rows}
+        E = [E for E in (2, 8, 16, 32) if f'E={E}' in by]
+        if len(E) > 1 and 'dense' in by:
+            slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
+            print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, of {by["dense"]:.1f} ms')
+        result = dict(size=size, config=config, batch=batch, device=torch.cuda.get_device_name() if 'cuda' in device else
+                      f'{platform.machine()}, {torch.get_num_threads()} threads', dtype=str(dtype), compiled=args.compile,
+                      torch=torch.__version__, rounds=args.rounds, rows=rows)
+        with lory.atomic_open(f'{HERE}/bench-{size}-{device.split(":")[0]}.json', 'w') as f:
+            json.dump(result, f, indent=1)
+        del subjects
+    draw()
+
+
+def draw():
+    """assets/bench.png: tokens/s as a share of dense, against E and against T, beside the arithmetic bound."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained', sharey=True)
+    for size, color in (('default', 'C0'), ('width256', 'C1')):
+        path = f'{HERE}/bench-{size}-cpu.json'
+        if not os.path.exists(path):
+            return
+        with open(path) as f:
+            rows = {r['variant']: r for r in json.load(f)['rows']}
+        for a, names in zip(ax, ({E: f'E={E}' for E in (2, 8, 16, 32)},
+                                 {T: 'E=8' if T == 256 else f'E=8 T={T}' for T in (64, 128, 256, 512)})):
+            got = [rows[name] for name in names.values()]
+            middle = [r['ratio'] for r in got]
+            spread = [[r['ratio'] - r['ratio_q1'] for r in got], [r['ratio_q3'] - r['ratio'] for r in got]]
+            a.errorbar(list(names), middle, spread, marker='o', capsize=3, color=color, label=size)
+            a.plot(list(names), [r['bound'] for r in got], ':', color=color, label=f'{size}, arithmetic bound')
+            a.set_xscale('log', base=2)
+            a.set_xticks(list(names), [str(n) for n in names])
+    ax[0].set(xlabel='experts (T = 256)', ylabel='tokens/s, share of dense', ylim=(0.5, 1.05))
+    ax[1].set(xlabel='segment length (8 experts)')
+    ax[0].legend(fontsize=8)
+    for a in ax:
+        a.axhline(1, color='0.7', lw=0.8)
+    with lory.atomic_open(f'{os.path.dirname(HERE)}/assets/bench.png') as f:
+        fig.savefig(f, format='png', dpi=110)
+
+
+if __name__ == '__main__':
+    main()
