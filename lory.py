@@ -284,15 +284,20 @@ def sample(logits, temperature, top_k, top_p):
 # ----------------------------------------------------------------------------------------------------------------------
 # The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases.
 
-def rotate(x, pos):
-    """Rotary position embedding: turns channel pairs (i, i + hs/2) by pos * 10000^(-2i/hs), so that the product of a
-    query and a key depends on their distance alone. x (B, nh, L, hs); pos (L,), or (B, 1) in decoding."""
-    half = x.shape[-1] // 2
-    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)  # (hs/2,)
+def rotation(pos, hs):
+    """Rotary position embedding: channel pair i of position p turns by the angle p * 10000^(-2i/hs), so that the product
+    of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin that broadcast to
+    (B, nh, L, hs/2)."""
+    freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)               # (hs/2,)
     angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)     # (B, nh, L, hs)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 class Attention(nn.Module):
@@ -302,10 +307,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, pos, cache=None):
+    def forward(self, x, pos, rope, cache=None):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
-        q, k = rotate(q, pos), rotate(k, pos)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)               # (B, nh, L, hs)
         else:
@@ -321,8 +326,8 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.n_embd)
         self.ffn = (ExpertChoiceFFN if config.routing == 'expert_choice' and config.n_experts > 1 else LoryFFN)(config)
 
-    def forward(self, x, pos, cache=None):
-        x = x + self.attn(self.attn_norm(x), pos, cache)
+    def forward(self, x, pos, rope, cache=None):
+        x = x + self.attn(self.attn_norm(x), pos, rope, cache)
         h = self.ffn_norm(x)
         y, e = self.ffn(h) if cache is None else cache.feed(self.ffn, h, pos)
         return x + y, e                                              # (B, L, D), (B, N, E)
@@ -356,8 +361,9 @@ class Lory(nn.Module):
     def trunk(self, idx, pos, cache=None):
         """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, n_layer, N, E)."""
         x, routing = self.embed(idx), []
+        rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, memory in zip(self.blocks, cache or [None] * len(self.blocks)):
-            x, e = block(x, pos, memory)
+            x, e = block(x, pos, rope, memory)
             routing.append(e)
         return self.norm(x), torch.stack(routing, 1)
 

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from lory import UserError, load_checkpoint, save_checkpoint
+from lory import UserError, atomic_open, load_checkpoint, save_checkpoint
 from prepare import encode, load_tokenizer
 
 
@@ -39,6 +39,7 @@ def parse_flags():
     flag('routing', 'prompt', 'prompt: merge the experts once; segment: again every T tokens, as in training',
          choices=['prompt', 'segment'])
     flag('show_routing', False, "print each expert's share in each layer, as the prompt chose", action='store_true')
+    flag('routing_picture', '', 'draw those shares into this PNG file')
     flag('save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
     flag('seed', 1337, 'of the draws')
     flag('device', 'cuda' if torch.cuda.is_available() else 'cpu', 'cpu, cuda, mps')
@@ -84,6 +85,21 @@ def show_routing(e):
     print()
 
 
+def draw_routing(e, path):
+    """Draw routing weights (n_layer, E), a numpy array, as a heat map."""
+    import matplotlib  # here, for it takes a second that most calls should not
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    n_layer, E = e.shape
+    fig, ax = plt.subplots(figsize=(2 + 0.4 * E, 1.2 + 0.4 * n_layer), layout='constrained')
+    image = ax.imshow(e, vmin=0, cmap='viridis', aspect='auto')
+    ax.set(xlabel='expert', xticks=range(E), xticklabels=range(1, E + 1), ylabel='layer', yticks=range(n_layer),
+           yticklabels=range(1, n_layer + 1))
+    fig.colorbar(image, label='routing weight')
+    with atomic_open(path) as f:
+        fig.savefig(f, format='png', dpi=110)
+
+
 def main(argv=None):
     args = parse_flags().parse_args(argv)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', args.device)
@@ -94,8 +110,12 @@ def main(argv=None):
     prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=args.device)
     torch.manual_seed(args.seed)
 
-    if args.show_routing:
-        show_routing(model.prefill(prompt[None], args.routing)[1][0, :, -1])
+    if args.show_routing or args.routing_picture:
+        e = model.prefill(prompt[None], args.routing)[1][0, :, -1]   # (n_layer, E)
+        if args.show_routing:
+            show_routing(e)
+        if args.routing_picture:
+            draw_routing(e.cpu().numpy(), args.routing_picture)
     if args.save_dense:
         save_checkpoint(args.save_dense, model.specialize(prompt[None]), tokenizer=ckpt['tokenizer'])
         print(f'dense model written to {args.save_dense}; try: python sample.py --checkpoint={args.save_dense}\n')

@@ -199,7 +199,7 @@ def plot(out_dir, rows, routing, domains):
                              layout='constrained')
     for layer, a in enumerate(axes[0]):
         image = a.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), cmap='viridis', aspect='auto')
-        a.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(0, E, max(1, E // 8)),
+        a.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(0, E, max(1, E // 8)), xticklabels=range(1, E + 1, max(1, E // 8)),
               yticks=range(len(domains)), yticklabels=domains if layer == 0 else [])
     fig.colorbar(image, ax=axes, label='mean routing weight')
     with atomic_open(f'{out_dir}/experts.png') as f:
@@ -353,7 +353,8 @@ def main(argv=None):
                 _, piece, e = running(x, y, return_routing=True)
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
             loss += piece.item() / args.gradient_accumulation_steps
-            active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E), App. G.1
+            if model.config.n_experts > 1:                           # in use: above 2/E for a segment (App. G.1)
+                active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -367,12 +368,18 @@ def main(argv=None):
 
         # --- report ---
         if step % args.log_interval == 0:
+            if world > 1:                                            # rank 0 speaks for all
+                total = torch.tensor(loss, device=device)
+                dist.all_reduce(total)
+                dist.all_reduce(active, dist.ReduceOp.MAX)
+                loss = total.item() / world
             per_step = seconds / (step - since)
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
+            in_use = f'experts in use {100 * active.mean():3.0f}% | ' if model.config.n_experts > 1 else ''
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
-                f' | {tokens_per_step / per_step:8,.0f} tok/s | experts in use {100 * active.mean():3.0f}% | '
+                f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
                 f'{left // 60}:{left % 60:02d} left', flush=True)
             seconds, since, active = 0.0, step, torch.zeros_like(active)
 
