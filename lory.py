@@ -1,10 +1,12 @@
 """
 Lory: a fully differentiable mixture-of-experts language model (Zhong et al., COLM 2024, arXiv:2405.03133).
 
-A usual MoE sends each token to a few experts. That choice is discrete, so its router needs tricks to learn. Lory makes
-no choice: it averages the experts *in parameter space* with softmax weights and runs the one averaged FFN,
+Where a transformer has one feed-forward network, a mixture of experts has E of them, and a small linear map, the
+router, that says how much each counts. The usual kind sends each token to its few best experts. That choice has no
+gradient, so its router needs extra losses to learn. Lory makes no choice: it averages the experts *in parameter space*
+and runs the one averaged FFN,
 
-    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),                             (Sec. 2.2, from SMEAR)
+    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),        (Sec. 2.2; from SMEAR, arXiv:2306.03745)
 
 so everything is differentiable and no balancing loss is needed. One merge per token would cost E FFNs a token. Lory
 merges once per *segment* of T tokens, and stays autoregressive by *causal segment routing*: the weights of a segment
@@ -29,10 +31,11 @@ One letter, one meaning, here and in every shape comment:
 
     B  sequences in the batch      D  n_embd, model width (paper: d)          V  vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')       nh  n_head
-    T  segment_len                 E  n_experts                              hs  head size, D / nh
+    T  segment_len                 E  n_experts                               hs  head size, D / nh
     N  segments, ceil(L / T)       θ  the stacked expert weights (E, ., .)    S  merged FFNs at work, B * N in training
 
-Read it top to bottom: config, routing and merging, the LLaMA-style decoder around them, generation, checkpoints.
+Read it top to bottom: config, routing and merging, the LLaMA-style decoder around them, what generation remembers, the
+model, dense warm-up, and last what the scripts share.
 """
 import math
 import os
@@ -59,14 +62,14 @@ def option(default, help, choices=None):
 class LoryConfig:
     """Shape of the model. Raises UserError when the fields do not fit together."""
     vocab_size: int = 2048  # no flag: the data's tokenizer decides it
-    block_size: int = option(1024, 'L, tokens in a training sequence, and how far back attention looks')
+    block_size: int = option(1024, 'L, tokens in a training sequence, and how far back generation looks')
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
     ffn_hidden: int = option(0, "H, hidden width of one expert's SwiGLU; 0: 8/3 of n_embd, rounded up to 32's multiple")
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
-    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all by segment 1 (Sec. 5.1); '
+    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all later ones by segment 1 (Sec. 5.1); '
                                     'expert_choice: tokens to experts, the sparse baseline (Sec. 5.3)',
                           ('causal', 'prefix', 'expert_choice'))
     first_segment: str = option('prior', 'what routes segment 1: prior, a learned constant (strictly causal), or self, '
@@ -100,7 +103,7 @@ def merge(e, theta):
 class MergedLinear(torch.autograd.Function):
     """y = x @ merge(e, θ), with the merged matrix W = merge(e, θ) made again in the backward pass instead of kept.
 
-    Kept, every segment's copy of every FFN would wait for the backward pass: 6.6 GB a sequence at the paper's 0.3B.
+    Kept, each segment's copy of each FFN would wait for it: 6.6 GB a 4096-token sequence at the paper's 0.3B in bf16.
     Made again, it costs E/T of the matmul (App. B) and one layer's W at a time. The chain rule of y = x W, W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -150,8 +153,9 @@ class LoryFFN(nn.Module):
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
             bias = self.router.bias
             first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)
-        # The last segment's own summary is never read. (Prefix, the ablation, reads none but the first's.)
-        return torch.cat([first, e[:, :-1] if self.routing == 'causal' else e[:, :1].expand_as(e)[:, 1:]], 1)
+        # The last of several segments is never read. Prefix, the ablation of Sec. 5.1, reads the first one only.
+        later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
+        return torch.cat([first, later], 1)
 
     def merged(self, e):
         """The FFNs that e (S, E) makes of the experts: [gate (S, D, H), up (S, D, H), down (S, H, D)]."""
@@ -161,8 +165,9 @@ class LoryFFN(nn.Module):
         """Each segment through its own merged FFN, in autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        h, e, gate, up, down = (t.to(dtype) for t in (x.flatten(0, 1), e.flatten(0, 1), self.gate, self.up, self.down))
-        h = F.silu(MergedLinear.apply(h, e, gate)) * MergedLinear.apply(h, e, up)     # (S, T, H)
+        xs, e, gate, up, down = (t.to(dtype) for t in                # (S, T, D), (S, E), (E, D, H) twice, (E, H, D)
+                                 (x.flatten(0, 1), e.flatten(0, 1), self.gate, self.up, self.down))
+        h = F.silu(MergedLinear.apply(xs, e, gate)) * MergedLinear.apply(xs, e, up)   # (S, T, H)
         return MergedLinear.apply(h, e, down).view(x.shape)
 
     def forward(self, x):
@@ -191,12 +196,12 @@ class ExpertChoiceFFN(LoryFFN):
         E = score.shape[-1]
         y = torch.zeros_like(x)
         if self.training:
-            k = max(1, L // E)
-            share, token = score.mT.topk(k)                          # (B, E, k) both
-            at = token.view(B, E * k, 1).expand(-1, -1, D)           # (B, E * k, D)
-            h = x.gather(1, at).view(B, E, k, D).transpose(0, 1).flatten(1, 2)        # (E, B * k, D)
-            h = swiglu(h, self.gate, self.up, self.down).view(E, B, k, D).transpose(0, 1)
-            y = y.scatter_add(1, at, (h * share[..., None]).flatten(1, 2).to(y.dtype))
+            C = max(1, L // E)                                       # capacity of an expert
+            share, token = score.mT.topk(C)                          # (B, E, C) both
+            at = token.view(B, E * C, 1).expand(-1, -1, D)           # (B, E * C, D)
+            taken = x.gather(1, at).view(B, E, C, D).transpose(0, 1).flatten(1, 2)    # (E, B * C, D)
+            made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)
+            y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))
         else:
             share, best = score.max(-1)                              # (B, L) both
             for i in range(E):
@@ -206,21 +211,74 @@ class ExpertChoiceFFN(LoryFFN):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases.
+
+def rotation(pos, hs):
+    """Rotary position embedding: channel pair i at position pos turns by the angle pos * 10000^(-2i/hs), so that the
+    product of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin that broadcast to
+    (B, nh, L, hs/2)."""
+    freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)               # (hs/2,)
+    angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, rope, cache=None):
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)               # (B, nh, L, hs)
+        else:
+            y = cache.attend(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.n_embd)
+        self.ffn = (ExpertChoiceFFN if config.routing == 'expert_choice' and config.n_experts > 1 else LoryFFN)(config)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.attn(self.attn_norm(x), rope, cache)
+        h = self.ffn_norm(x)
+        y, e = self.ffn(h) if cache is None else cache.feed(self.ffn, h)
+        return x + y, e                                              # (B, L, D), (B, N, E)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What generation remembers. After its prompt a Lory is a plain dense model: keys, values, and one merged FFN a layer.
 
 class Cache:
     """One layer's memory of B sequences, each at a position of its own: the keys and values of the last `slots` tokens
     in a ring, the merged FFN in use, and the sum of the FFN's inputs since the current segment began."""
 
-    def __init__(self, slots, routing):
-        self.slots, self.routing = slots, routing                    # routing: 'prompt' or 'segment'
+    def __init__(self, slots, reroute):
+        self.slots, self.reroute = slots, reroute                    # reroute: merge anew for every segment?
+        self.pos = None                                              # (L,), then (B, 1): of the tokens now being read
         self.k = self.v = None                                       # (B, nh, slots, hs)
         self.e = self.ffn = self.total = None                        # (B, N, E), three of (B, ., .), (B, D)
 
     @classmethod
     def stack(cls, caches):
         """The memories of single sequences as one batch."""
-        both = cls(caches[0].slots, caches[0].routing)
+        both = cls(caches[0].slots, caches[0].reroute)
         both.k, both.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
         if caches[0].ffn:
             both.e = torch.cat([c.e[:, -1:] for c in caches])        # (B, 1, E)
@@ -228,24 +286,24 @@ class Cache:
             both.total = torch.cat([c.total for c in caches])
         return both
 
-    def attend(self, q, k, v, pos):
-        """Attention: the prompt (B, nh, L, hs) at the first call, then one token (B, nh, 1, hs) at pos (B, 1)."""
+    def attend(self, q, k, v):
+        """Attention: of the prompt (B, nh, L, hs) at the first call, then of one token (B, nh, 1, hs)."""
         B, nh, L, hs = k.shape
         if self.k is None:
             self.k, self.v = (F.pad(t, (0, 0, 0, self.slots - L)) for t in (k, v))
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        row, slot = torch.arange(B, device=k.device), pos[:, 0] % self.slots
+        row, slot = torch.arange(B, device=k.device), self.pos[:, 0] % self.slots
         self.k[row, :, slot], self.v[row, :, slot] = k[:, :, 0], v[:, :, 0]           # the oldest token makes room
-        filled = torch.arange(self.slots, device=k.device) <= pos    # (B, slots); all of them once pos >= slots
+        filled = torch.arange(self.slots, device=k.device) <= self.pos                # (B, slots)
         return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=filled[:, None, None])
 
-    def feed(self, ffn, x, pos):
-        """The layer's FFN: the prompt (B, L, D) at the first call, then one token (B, 1, D) at pos (B, 1). -> y, e"""
+    def feed(self, ffn, x):
+        """The layer's FFN: on the prompt (B, L, D) at the first call, then on one token (B, 1, D). -> y, e"""
         if ffn.router is None or ffn.routing == 'expert_choice':
             return ffn(x)                                            # dense, or token by token: nothing to remember
         T = ffn.segment_len
         if self.ffn is None:
-            if self.routing == 'prompt':
+            if not self.reroute:
                 self.e = ffn.weights(x.mean(1))[:, None]             # (B, 1, E), the prompt routes once (Sec. 3.1)
                 self.ffn = ffn.merged(self.e[:, 0])
                 y = swiglu(x, *self.ffn)                             # (B, L, D) @ (B, D, H)
@@ -254,9 +312,9 @@ class Cache:
                 self.ffn = ffn.merged(self.e[:, -1])
             self.total = x[:, (x.shape[1] - 1) // T * T:].sum(1)     # (B, D), over the prompt's last segment
             return y, self.e
-        if self.routing == 'segment':
-            # (B,) sequences that begin a segment; after prefix routing's second, weights stay as they are
-            new = pos[:, 0] % T == 0 if ffn.routing == 'causal' else pos[:, 0] == T
+        if self.reroute:
+            # (B,) sequences that begin a segment; from prefix routing's second on, weights stay as they are
+            new = self.pos[:, 0] % T == 0 if ffn.routing == 'causal' else self.pos[:, 0] == T
             if new.any():
                 self.e[new, -1] = ffn.weights(self.total[new] / T)
                 for w, fresh in zip(self.ffn, ffn.merged(self.e[new, -1])):
@@ -282,56 +340,7 @@ def sample(logits, temperature, top_k, top_p):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases.
-
-def rotation(pos, hs):
-    """Rotary position embedding: channel pair i of position p turns by the angle p * 10000^(-2i/hs), so that the product
-    of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin that broadcast to
-    (B, nh, L, hs/2)."""
-    freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)               # (hs/2,)
-    angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs)."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-
-    def forward(self, x, pos, rope, cache=None):
-        B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)               # (B, nh, L, hs)
-        else:
-            y = cache.attend(q, k, v, pos)
-        return self.proj(y.transpose(1, 2).reshape(B, L, D))
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attn_norm = nn.RMSNorm(config.n_embd)
-        self.attn = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.n_embd)
-        self.ffn = (ExpertChoiceFFN if config.routing == 'expert_choice' and config.n_experts > 1 else LoryFFN)(config)
-
-    def forward(self, x, pos, rope, cache=None):
-        x = x + self.attn(self.attn_norm(x), pos, rope, cache)
-        h = self.ffn_norm(x)
-        y, e = self.ffn(h) if cache is None else cache.feed(self.ffn, h, pos)
-        return x + y, e                                              # (B, L, D), (B, N, E)
-
+# The model.
 
 class Lory(nn.Module):
     """The language model. `logits, loss = model(idx, targets)`; LoryConfig(n_experts=1) is the dense baseline."""
@@ -360,23 +369,25 @@ class Lory(nn.Module):
 
     def trunk(self, idx, pos, cache=None):
         """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, n_layer, N, E)."""
-        x, routing = self.embed(idx), []
+        x, weights = self.embed(idx), []
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, memory in zip(self.blocks, cache or [None] * len(self.blocks)):
-            x, e = block(x, pos, rope, memory)
-            routing.append(e)
-        return self.norm(x), torch.stack(routing, 1)
+            if memory is not None:
+                memory.pos = pos
+            x, e = block(x, rope, memory)
+            weights.append(e)
+        return self.norm(x), torch.stack(weights, 1)
 
     def forward(self, idx, targets=None, return_routing=False):
-        """idx, targets (B, L) int64, L of any size up to block_size and beyond; targets of -1 are not counted.
+        """idx, targets (B, L) int64 with any L >= 1; targets of -1 are not counted.
         Returns logits (B, L, V), the mean loss in nats per token (None without targets) and, if return_routing, also
         the routing weights (B, n_layer, N, E), detached."""
-        x, routing = self.trunk(idx, torch.arange(idx.shape[1], device=idx.device))
+        x, e = self.trunk(idx, torch.arange(idx.shape[1], device=idx.device))
         logits = self.head(x)                                        # (B, L, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return (logits, loss, routing.detach()) if return_routing else (logits, loss)
+        return (logits, loss, e.detach()) if return_routing else (logits, loss)
 
     def optimizer(self, lr, weight_decay, betas):
         """AdamW (Sec. 4.1). Only matrices decay: norms and the router's bias are pulled nowhere."""
@@ -398,14 +409,15 @@ class Lory(nn.Module):
     # Generation. Everything below runs on what Cache remembers.
 
     @torch.no_grad()
-    def prefill(self, idx, routing='prompt'):
-        """Read prompts of one length, (B, L) with 1 <= L <= block_size. `routing` is how the experts are merged:
-        'prompt', once from the mean of the whole prompt (Sec. 3.1), or 'segment', anew every T tokens as in training
-        (G.2). Call model.eval() before. -> next token's logits (B, V), routing weights (B, n_layer, N, E), cache"""
+    def prefill(self, idx, reroute=False):
+        """Read prompts of one length, (B, L) with 1 <= L <= block_size. Experts are merged once, by the mean of the
+        whole prompt (Sec. 3.1), or with `reroute` anew for every segment, as in training (G.2; under first_segment=self
+        a prompt shorter than T is routed by the tokens it has). In eval mode: expert choice trains differently.
+        -> logits of the next token (B, V), routing weights (B, n_layer, N, E), one Cache a layer."""
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens; this model reads 1 to block_size={self.config.block_size}.')
-        cache = [Cache(self.config.block_size, routing) for _ in self.blocks]
+        cache = [Cache(self.config.block_size, reroute) for _ in self.blocks]
         x, e = self.trunk(idx, torch.arange(L, device=idx.device), cache)
         return self.head(x[:, -1]), e, cache
 
@@ -414,7 +426,7 @@ class Lory(nn.Module):
         """Read one more token (B,) of each sequence, at positions pos (B,). -> logits of the next token (B, V)"""
         return self.head(self.trunk(token[:, None], pos[:, None], cache)[0][:, -1])
 
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, routing='prompt'):
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, reroute=False):
         """Continue `prompts`, a tensor (B, L) or a list of B one-dimensional tensors of any lengths; yields the next
         token of each, (B,), max_new_tokens times. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
 
@@ -422,7 +434,7 @@ class Lory(nn.Module):
         segment grid stays where it is.
         """
         # Prompts are read one by one, so that no padding enters a mean; decoding, where the time goes, is batched.
-        logits, _, caches = zip(*(self.prefill(p[None], routing) for p in prompts))
+        logits, _, caches = zip(*(self.prefill(p[None], reroute) for p in prompts))
         logits, cache = torch.cat(logits), [Cache.stack(layer) for layer in zip(*caches)]
         pos = torch.tensor([len(p) for p in prompts], device=logits.device)           # (B,)
         for i in range(max_new_tokens):
@@ -438,21 +450,22 @@ class Lory(nn.Module):
     def specialize(self, idx):
         """The dense model that this one is after reading a prompt (1, L): same class, n_experts = 1, the experts of
         each layer merged as the prompt routes them. Its logits are those of prompt-only routing."""
-        _, _, cache = self.prefill(idx, 'prompt')
+        if self.config.routing == 'expert_choice' and self.config.n_experts > 1:
+            raise UserError('a model with routing=expert_choice merges no experts, so it cannot specialize.')
+        _, _, cache = self.prefill(idx)
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
-        if self.config.routing == 'expert_choice':
-            raise UserError('a model with routing=expert_choice has no merged experts to specialize.')
         merged = {f'blocks.{i}.ffn.{name}': w for i, layer in enumerate(cache)
                   for name, w in zip(('gate', 'up', 'down'), layer.ffn or ())}
         dense.load_state_dict({n: merged.get(n, w) for n, w in self.state_dict().items() if '.router.' not in n})
         return dense
 
     def flops_per_token(self, L):
-        """Multiply-adds of a training step count two, backward twice forward: 6 a parameter that the token meets (the
-        embedding is a look-up), 6 D L a layer for causal attention, and 6 E/T of the FFN's parameters for the merge."""
+        """Model FLOPs of a training step: a multiply-add counts two and the backward pass twice the forward, so 6 for
+        each parameter the token meets (the embedding is a look-up), 6 D L a layer for causal attention, and 6 E/T for
+        each parameter of the FFN for the merge (App. B). As usual, what is computed again is not counted."""
         c, ffn = self.config, 3 * self.config.n_embd * self.config.ffn_hidden
-        merge = ffn * c.n_experts / min(c.segment_len, L) if c.n_experts > 1 and c.routing != 'expert_choice' else 0
-        return 6 * (c.n_layer * (4 * c.n_embd**2 + ffn + merge + c.n_embd * L) + c.n_embd * c.vocab_size)
+        merging = ffn * c.n_experts / min(c.segment_len, L) if c.n_experts > 1 and c.routing != 'expert_choice' else 0
+        return 6 * (c.n_layer * (4 * c.n_embd**2 + ffn + merging + c.n_embd * L) + c.n_embd * c.vocab_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,9 +474,9 @@ class Lory(nn.Module):
 def upcycle(dense, n_experts, optimizer=None):
     """A Lory of n_experts experts that computes what `dense` does, and its optimiser (None without one).
 
-    Equal experts merge to the same FFN under any weights, so the router's gradient starts at exactly zero, and a router
-    that gave every segment the same weights would hand all experts the same gradient: they would never part. They do
-    because the router starts random, so each expert hears some segments louder than its siblings do.
+    Equal experts merge to the same FFN under any weights, so the router's gradient starts at exactly zero; and a router
+    of zeros would hand all experts the same gradient, step after step: they would stay E copies of one dense model.
+    They part because the router starts random, so that each expert hears some segments louder than its siblings do.
     """
     model = Lory(replace(dense.config, n_experts=n_experts)).to(dense.embed.weight.device)
     old, new = dict(dense.named_parameters()), dict(model.named_parameters())
@@ -478,7 +491,9 @@ def upcycle(dense, n_experts, optimizer=None):
         # With weights near 1/E an expert hears 1/E of the dense gradient g. Adam's averages of g and g² follow suit,
         # so that the first steps after upcycling are neither too long nor too short.
         share = 1 / n_experts if new[name].shape != p.shape else 1
-        state = optimizer.state[p]
+        state = optimizer.state.get(p)
+        if state is None:                                            # not a step taken yet
+            continue
         moved.state[new[name]] = dict(step=state['step'].clone(),
                                       exp_avg=state['exp_avg'].expand_as(new[name]) * share,
                                       exp_avg_sq=state['exp_avg_sq'].expand_as(new[name]) * share**2)
@@ -525,7 +540,7 @@ def atomic_open(path, mode='wb', **kw):
 def save_checkpoint(path, model, **rest):
     """Write `model` and plain values in `rest` to path, atomically. `model` is the bare Lory, no DDP or compile."""
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=1, config=asdict(model.config), model=model.state_dict()), f)
+        torch.save(dict(rest, config=asdict(model.config), model=model.state_dict()), f)
 
 
 def load_checkpoint(path, device='cpu'):

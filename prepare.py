@@ -154,8 +154,10 @@ def read_inputs(paths):
         elif file.suffix == '.jsonl':
             found = []
             for i, line in enumerate(text.split('\n'), 1):  # splitlines would also break inside JSON strings
+                if not line.strip():
+                    continue
                 try:
-                    record = json.loads(line) if line.strip() else {'text': ''}
+                    record = json.loads(line)
                     record['text'].encode()  # fails for anything but text, lone surrogates too
                     found.append(Document(record['text'], str(record.get('domain') or domain), f'{source}:{i}'))
                 except (ValueError, TypeError, KeyError, AttributeError):

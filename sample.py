@@ -19,7 +19,7 @@ from lory import UserError, atomic_open, load_checkpoint, save_checkpoint
 from prepare import encode, load_tokenizer
 
 
-def parse_flags():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, usage='python sample.py [--flag=value ...], see --help')
 
@@ -101,7 +101,7 @@ def draw_routing(e, path):
 
 
 def main(argv=None):
-    args = parse_flags().parse_args(argv)
+    args = make_parser().parse_args(argv)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', args.device)
     model.eval()
     check(args, model.config.vocab_size)
@@ -111,7 +111,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
 
     if args.show_routing or args.routing_picture:
-        e = model.prefill(prompt[None], args.routing)[1][0, :, -1]   # (n_layer, E)
+        e = model.prefill(prompt[None], args.routing == 'segment')[1][0, :, -1]   # (n_layer, E)
         if args.show_routing:
             show_routing(e)
         if args.routing_picture:
@@ -127,7 +127,7 @@ def main(argv=None):
         decoder = codecs.getincrementaldecoder('utf-8')('replace')       # a character may span tokens
         text, shown, end, n_tokens, t0 = '', 0, -1, 0, time.time()
         for token in model.stream(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                  args.routing):
+                                  args.routing == 'segment'):
             n_tokens += 1
             if token.item() == tokenizer.eot_token:
                 break
@@ -139,6 +139,7 @@ def main(argv=None):
             shown = ready
             if end >= 0:
                 break
+        text += decoder.decode(b'', True)                                # half a character, if it ended in one
         print(text[shown:end if end >= 0 else None])
         seconds = time.time() - t0
         print(f'[{n_tokens} tokens, {n_tokens / seconds:.0f} tokens/s]', file=sys.stderr)

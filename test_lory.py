@@ -1,5 +1,5 @@
 """
-The tests of Lory: each compares the code with something written another way, and each can fail.
+The tests of Lory. The model's compare the code with something written another way; all have been seen to fail.
 
     python -m pytest -q test_lory.py
 """
@@ -18,6 +18,7 @@ import time
 import types
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_attention_and_loss_against_a_second_implementation():
     scores = (q @ k.mH).real / math.sqrt(hs)
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16)
-    torch.testing.assert_close(attn(x, torch.arange(9), rotation(torch.arange(9), hs)), F.linear(y, attn.proj.weight), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attn(x, rotation(torch.arange(9), hs)), F.linear(y, attn.proj.weight), rtol=1e-6, atol=1e-6)
 
     idx, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 9))
     targets[0, 3] = -1
@@ -352,14 +353,15 @@ def naive_greedy(model, prompt, n):
 
 
 @pytest.mark.parametrize('routing, first_segment, lengths', [
-    ('causal', 'prior', range(1, 15)), ('causal', 'self', range(6, 15)), ('prefix', 'prior', range(1, 15)),
+    ('causal', 'prior', range(1, 15)), ('causal', 'self', range(6, 15)),      # self sees the prompt's segment 1 only
+    ('prefix', 'prior', range(1, 15)),
     ('expert_choice', 'prior', (1, 9))])
 def test_segment_routing_decodes_what_the_full_pass_computes_at_every_position(routing, first_segment, lengths):
     model = sharp(Lory(small(routing=routing, first_segment=first_segment))).eval()
     idx = torch.randint(50, (2, 24))
     full = model(idx)[0]
     for L in lengths:                                                # any prompt length modulo T = 6
-        logits, _, cache = model.prefill(idx[:, :L], 'segment')
+        logits, _, cache = model.prefill(idx[:, :L], reroute=True)
         for t in range(L, 24):
             torch.testing.assert_close(logits, full[:, t - 1])
             logits = model.decode(idx[:, t], torch.tensor([t, t]), cache)
@@ -372,7 +374,7 @@ def test_prompt_routing_is_one_merge_by_the_prompts_mean():
     prompt, rest = torch.randint(50, (1, 9)), torch.randint(50, (1, 8))
     x, dense = model.embed(prompt), Lory(small(n_experts=1)).double()
     for block, plain in zip(model.blocks, dense.blocks):
-        x = x + block.attn(block.attn_norm(x), torch.arange(9), rotation(torch.arange(9), 8))
+        x = x + block.attn(block.attn_norm(x), rotation(torch.arange(9), 8))
         h = block.ffn_norm(x)
         e = (h[0].mean(0) @ block.ffn.router.weight.T + block.ffn.router.bias).softmax(0)
         for name in ('gate', 'up', 'down'):
@@ -393,14 +395,14 @@ def test_prompt_routing_is_one_merge_by_the_prompts_mean():
     torch.testing.assert_close(special(torch.cat([prompt, rest], 1))[0][0], expected)
 
 
-@pytest.mark.parametrize('routing', ['prompt', 'segment'])
-def test_ragged_batch_equals_one_by_one(routing):
+@pytest.mark.parametrize('reroute', [False, True])
+def test_ragged_batch_equals_one_by_one(reroute):
     model = sharp(Lory(small()))
     prompts = [torch.randint(50, (n,)) for n in (1, 5, 6, 7, 13)]
-    together = model.generate(prompts, 10, temperature=0, routing=routing)
+    together = model.generate(prompts, 10, temperature=0, reroute=reroute)
     for prompt, row in zip(prompts, together):
-        assert row.tolist() == model.generate(prompt[None], 10, temperature=0, routing=routing)[0].tolist()
-        if routing == 'segment':
+        assert row.tolist() == model.generate(prompt[None], 10, temperature=0, reroute=reroute)[0].tolist()
+        if reroute:
             assert row.tolist() == naive_greedy(model, prompt, 10).tolist()
 
 
@@ -417,7 +419,7 @@ def test_generation_past_block_size_attends_to_the_last_tokens_and_keeps_the_gri
     with monkeypatch.context() as m:
         m.setattr(F, 'scaled_dot_product_attention', windowed)
         full = model(idx)[0]
-    logits, _, cache = model.prefill(idx[:, :8], 'segment')
+    logits, _, cache = model.prefill(idx[:, :8], reroute=True)
     for t in range(8, 40):
         torch.testing.assert_close(logits, full[:, t - 1])
         logits = model.decode(idx[:, t], torch.tensor([t]), cache)
@@ -570,8 +572,7 @@ def test_chain_by_hand():
     # 0 -> 1 -> 2, then every neighbour of 2 is used: restart at whichever of 3 and 4 comes first, then its neighbour.
     neighbours = np.array([[1], [2], [0], [4], [3]])
     order, restarts = prepare.chain(neighbours, np.random.default_rng(0))
-    assert restarts == 1 and sorted(order) == [0, 1, 2, 3, 4]
-    assert {frozenset(order[:3].tolist()), frozenset(order[:2].tolist())} & {frozenset({0, 1, 2}), frozenset({3, 4})}
+    assert restarts == 1 and order.tolist() == [2, 0, 1, 4, 3]       # this seed starts at 2, then at 4
 
 
 def test_ties_go_to_the_lower_number():
@@ -982,7 +983,8 @@ def test_tiktoken_without_network(tmp_path, monkeypatch):
 # train.py and sample.py, on a small real dataset.
 
 TINY = ['--dataset=own', '--block_size=64', '--segment_len=16', '--n_embd=32', '--n_head=2', '--n_experts=4',
-        '--batch_size=4', '--max_iters=30', '--eval_interval=10', '--eval_windows=3', '--dtype=float32', '--device=cpu']
+        '--batch_size=4', '--max_iters=30', '--eval_interval=10', '--eval_windows=3', '--log_interval=5',
+        '--dense_warmup=.5', '--dtype=float32', '--device=cpu']
 
 
 @pytest.fixture(scope='session')
@@ -1022,22 +1024,24 @@ def test_validation_is_each_domains_own_text_and_its_sums_are_right(run_home):
     size = torch.tensor([len(base64.b64decode(t)) for t in data.tokenizer['tokens']] + [0])
     args = types.SimpleNamespace(batch_size=3, gradient_accumulation_steps=1, segment_len=16)
     sums, routing = train.evaluate(model, windows, size, args, 'cpu', nullcontext())
-    torch.testing.assert_close(routing.sum(-1), torch.ones(2, 2))
     for d in range(2):
         inside = np.repeat(data.val.domain, np.diff(data.val.start)) == d
         stream = np.asarray(data.val.tokens)[inside].astype(np.int64)
         assert len(windows[d]) == (len(stream) - 1) // 64
-        nats, n, n_bytes, late = 0.0, 0, 0, 0.0
+        nats, n, n_bytes, late, mean = 0.0, 0, 0, 0.0, 0
         for w in range(len(windows[d])):
             window = torch.from_numpy(stream[w * 64:w * 64 + 65])
             assert window.tolist() == windows[d][w].tolist()
-            logp = model(window[None, :-1])[0][0].double().log_softmax(-1)
+            logits, _, e = model(window[None, :-1], return_routing=True)
+            mean = mean + e[0, :, 1:].mean(1) / len(windows[d])
+            logp = logits[0].double().log_softmax(-1)
             for t, target in enumerate(window[1:].tolist()):
                 if target != tokenizer.eot_token:
                     nats, n, n_bytes = nats - logp[t, target].item(), n + 1, n_bytes + len(tokenizer.decode_single_token_bytes(target))
                     late -= logp[t, target].item() if t >= 16 else 0
         assert sums[d, 0].tolist() == pytest.approx([nats, n, n_bytes], rel=1e-5)
         assert sums[d, 1, 0].item() == pytest.approx(late, rel=1e-5)
+        torch.testing.assert_close(routing[d], mean)
 
 
 def test_a_tiny_run_learns_and_leaves_what_it_should(run_home):
@@ -1049,7 +1053,7 @@ def test_a_tiny_run_learns_and_leaves_what_it_should(run_home):
     assert model.config.n_experts == 4 and ckpt['step'] == 30
 
 
-@pytest.mark.parametrize('stop_at', [1, 20])                         # dense still (upcycling is at step 1), and after
+@pytest.mark.parametrize('stop_at', [14, 22])                        # saved dense at 10, upcycling at 15; saved at 20
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(run_home, monkeypatch, stop_at):
     class Killed(Exception):
         pass
@@ -1064,9 +1068,10 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(run_home, monkeypatch, 
     out = f'--out_dir=stopped{stop_at}'
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(train, 'get_batch', batch)
-        run_script(train, run_home, *TINY, out, '--eval_interval=1' if stop_at == 1 else '--eval_interval=10')
+        run_script(train, run_home, *TINY, out)
+    assert load_checkpoint(run_home / f'stopped{stop_at}/ckpt.pt')[0].config.n_experts == (1 if stop_at < 15 else 4)
     torch.randn(7)                                                   # disturb the random state of this process
-    run_script(train, run_home, '--init_from=resume', out, '--eval_interval=10')
+    run_script(train, run_home, '--init_from=resume', out)
     a, b = (load_checkpoint(run_home / name / 'ckpt.pt') for name in ('whole', f'stopped{stop_at}'))
     for (name, p), q in zip(a[0].named_parameters(), b[0].parameters()):
         assert torch.equal(p, q), name
@@ -1074,11 +1079,32 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(run_home, monkeypatch, 
         assert all(torch.equal(p[k], q[k]) for k in p)
     clock = ('ms', 'tok_s')
     rows = [[{k: v for k, v in row.items() if k not in clock} for row in ckpt['rows']] for _, ckpt in (a, b)]
-    assert [r for r in rows[1] if r['step'] % 10 == 0] == rows[0]
+    assert rows[0] == rows[1] and len(rows[0]) == 10
+
+
+def test_training_goes_on_from_a_dense_expert_and_can_upcycle_it(run_home):
+    """A specialized model is trained on, as it is or as the seed of experts; other shapes are refused."""
+    model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
+    fresh, dense = ckpt['rows'][0]['val_bpb'], model.specialize(torch.arange(9)[None])
+    save_checkpoint(run_home / 'expert.pt', dense, tokenizer=ckpt['tokenizer'])
+    flags = [f for f in TINY if not f.startswith(('--n_', '--block', '--segment', '--dense'))] + ['--init_from=expert.pt']
+    for n_experts in (1, 4):
+        out = f'onward{n_experts}'
+        run_script(train, run_home, *flags, f'--out_dir={out}', f'--n_experts={n_experts}', '--dense_warmup=0')
+        again, ckpt = load_checkpoint(run_home / out / 'ckpt.pt')
+        assert again.config == replace(model.config, n_experts=n_experts)
+        val = [row['val_bpb'] for row in ckpt['rows'] if 'val_bpb' in row]
+        assert val[-1] < val[0] < fresh - 0.5                        # it did not start from scratch
+    with pytest.raises(UserError, match='shape'):
+        run_script(train, run_home, *flags, '--out_dir=onward', '--n_layer=3')
+    with pytest.raises(UserError, match='without a run'):
+        os.makedirs(run_home / 'bare')
+        shutil.copy(run_home / 'expert.pt', run_home / 'bare/ckpt.pt')
+        run_script(train, run_home, '--init_from=resume', '--out_dir=bare')
 
 
 def test_resume_refuses_what_cannot_change_and_other_data(run_home, tmp_path):
-    for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1'):
+    for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1', '--max_iters=20'):
         with pytest.raises(UserError, match=flag[2:].split('=')[0]):
             run_script(train, run_home, '--init_from=resume', '--out_dir=whole', flag)
     with pytest.raises(UserError, match='resume'):
@@ -1100,6 +1126,7 @@ def test_two_ranks_equal_one_step_by_step(run_home):
     assert done.returncode == 0, done.stderr
     one, two = (load_checkpoint(run_home / out / 'ckpt.pt') for out in ('ranks1', 'ranks2'))
     assert one[0].config.n_experts == two[0].config.n_experts == 4
+    assert len(one[1]['rows']) == len(two[1]['rows']) == 11
     for a, b in zip(one[1]['rows'], two[1]['rows']):
         assert a.keys() == b.keys()
         for name in a.keys() - {'ms', 'tok_s'}:
@@ -1110,6 +1137,9 @@ def test_two_ranks_equal_one_step_by_step(run_home):
 
 @pytest.mark.parametrize('flags, word', [(['--segment_len=65'], 'segment_len'), (['--segment_len=0'], 'segment_len'),
                                          (['--n_experts=0'], 'n_experts'), (['--block_size=9999999'], 'block_size'),
+                                         (['--log_interval=0'], 'log_interval'), (['--seed=-1'], 'seed'),
+                                         (['--learning_rate=nan'], 'learning_rate'), (['--beta1=1'], 'beta1'),
+                                         (['--device=gpu'], 'device'), (['--init_from=resum'], 'no checkpoint'),
                                          (['--batch_size=3', '--gradient_accumulation_steps=2'], 'batch_size'),
                                          (['--init_from=resume'], 'no checkpoint'), (['--dataset=none'], 'prepare.py')])
 def test_train_refuses_bad_values(run_home, flags, word):

@@ -29,15 +29,17 @@ import prepare
 from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, load_checkpoint, \
     save_checkpoint, upcycle
 
-# The paper's models (Table in Sec. 4.1, G.3); with --n_experts=8, 16 or 32 they are its 0.3B/8E and so on.
-PAPER = dict(block_size=4096, segment_len=256, tie_embeddings=False, learning_rate=2e-4, first_segment='self')
+# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32 they are its
+# 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
+PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
+             max_iters=143_000, learning_rate=2e-4)
 PRESETS = {
-    '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816, batch_size=256),
-    '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096, batch_size=256),
+    '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
+    '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096),
 }
 
 
-def parse_flags():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, usage='python train.py [--flag=value ...], see --help')
 
@@ -48,7 +50,7 @@ def parse_flags():
     flag('preset', '', "start from a model of the paper, other flags override it", choices=['', *PRESETS])
     flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
     flag('out_dir', 'out', 'where the run leaves its checkpoint, log and plots')
-    flag('init_from', 'scratch', 'scratch, or resume: go on from out_dir/ckpt.pt')
+    flag('init_from', 'scratch', 'scratch; resume, to go on from out_dir/ckpt.pt; or a checkpoint file to start from')
     flag('max_iters', 6000, 'updates in the whole run')
     flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps')
     flag('gradient_accumulation_steps', 1, "pieces that each rank cuts its share of the batch into, to save memory")
@@ -79,17 +81,22 @@ def pick_device(args):
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device == 'cuda' and 'LOCAL_RANK' in os.environ:
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:  # torch raises all three
+        raise UserError(f'device={args.device} cannot be used here; try --device=auto.') from e
     dtype = args.dtype
     if dtype == 'auto':
         cpu = getattr(torch.cpu, 'get_capabilities', dict)()
-        fast = torch.cuda.is_bf16_supported() if 'cuda' in device else cpu.get('avx512_bf16') or cpu.get('amx_bf16')
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if 'cuda' in device else \
+            device == 'cpu' and (cpu.get('avx512_bf16') or cpu.get('amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
     return device, getattr(torch, dtype)
 
 
 def keep_memory(device):
     """glibc hands large blocks back to the kernel and faults them in again, page by page, at each step. Told to keep
-    them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), a training step on the CPU takes two thirds of the time."""
+    them (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), the default model trains 1.4 times as fast on a CPU."""
     if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
@@ -134,13 +141,13 @@ def validation_windows(split, n_domains, L):
 
 @torch.no_grad()
 def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
-    """Validation per domain, always on the same windows: all of them, or `limit` evenly spaced ones.
+    """Validation per domain, always on the same windows: all whole ones, or `limit` evenly spaced ones.
 
     Returns a float64 tensor (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions and [:, 1] after
     segment 1, and the routing weights averaged per domain over the segments after the first, (n_domains, n_layer, E).
     """
     model.eval()
-    sums = torch.zeros(len(windows), 2, 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(windows), 2, 3, dtype=torch.float64)      # on the CPU: mps has no float64
     routing = torch.zeros(len(windows), model.config.n_layer, model.config.n_experts, device=device)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch = max(1, args.batch_size // (world * args.gradient_accumulation_steps))
@@ -153,16 +160,17 @@ def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
                 logits, _, e = model(x, return_routing=True)
             nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view(y.shape)
             size = token_bytes[y]                                    # (B, L); <|endoftext|> has no bytes: not counted
-            terms = torch.stack([nats * (size > 0), (size > 0).float(), size.float()]).double()   # (3, B, L)
-            sums[d, 0] += terms.sum((1, 2))
-            sums[d, 1] += terms[:, :, args.segment_len:].sum((1, 2))
+            terms = torch.stack([nats * (size > 0), (size > 0).float(), size.float()])   # (3, B, L)
+            sums[d, 0] += terms.sum((1, 2)).cpu()
+            sums[d, 1] += terms[:, :, args.segment_len:].sum((1, 2)).cpu()
             e = e[:, :, 1:] if e.shape[2] > 1 else e                 # (B, n_layer, N - 1, E)
             routing[d] += e.mean(2).sum(0) / len(chosen)
     if world > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
         dist.all_reduce(routing)
     model.train()
-    return sums, routing
+    return sums.cpu(), routing.cpu()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,26 +226,40 @@ def learning_rate(step, args):
 
 def main(argv=None):
     # --- settings ---
-    parser = parse_flags()
+    parser = make_parser()
     args = parser.parse_args(argv)
     checkpoint = f'{args.out_dir}/ckpt.pt'
+    model_fields = LoryConfig.__dataclass_fields__
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from == 'resume':
         # The run's own settings become the defaults, so that only what is to change need be said again.
         _, ckpt = load_checkpoint(checkpoint)
-        parser.set_defaults(**ckpt['args'])
+        if 'optimizer' not in ckpt:
+            raise UserError(f'{checkpoint} is a model without a run: start from it with --init_from={checkpoint}.')
+        parser.set_defaults(**ckpt['args'] | dict(out_dir=args.out_dir))
     elif os.path.exists(checkpoint):
         raise UserError(f'{args.out_dir} holds a run: go on with --init_from=resume, or choose another --out_dir.')
+    elif args.init_from != 'scratch':
+        _, ckpt = load_checkpoint(args.init_from)
+        parser.set_defaults(**{name: value for name, value in ckpt['config'].items() if name != 'vocab_size'})
     args = parser.parse_args(argv)
-    fixed = {*LoryConfig.__dataclass_fields__, 'dataset', 'batch_size', 'dense_warmup', 'seed'}
     if args.init_from == 'resume':
         for name, was in ckpt['args'].items():
-            if name in fixed and getattr(args, name) != was:
+            if name in {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed'} and getattr(args, name) != was:
                 raise UserError(f'the run in {args.out_dir} has {name}={was}, which cannot change: leave --{name} out, '
                                 'or start another run with another --out_dir.')
-    config = {k: v for k, v in vars(args).items() if k in LoryConfig.__dataclass_fields__}
-    LoryConfig(**config)                                             # refuse what does not fit before any work is done
+        if args.max_iters < ckpt['step']:
+            raise UserError(f'the run in {args.out_dir} is at step {ckpt["step"]}: raise --max_iters above it.')
+    for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_windows', 'log_interval'):
+        if getattr(args, name) < 1:
+            raise UserError(f'{name}={getattr(args, name)} must be at least 1.')
+    for name in ('learning_rate', 'min_lr_ratio', 'warmup', 'dense_warmup', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
+                 'seed'):
+        top = math.inf if name in ('learning_rate', 'weight_decay', 'grad_clip', 'seed') else 1
+        if not 0 <= getattr(args, name) < top:
+            raise UserError(f'{name}={getattr(args, name)} must be at least 0' + (' and below 1.' if top == 1 else '.'))
+    config = LoryConfig(**{name: value for name, value in vars(args).items() if name in model_fields})
 
     # --- processes and device ---
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -270,7 +292,7 @@ def main(argv=None):
 
     # --- model and optimiser ---
     torch.manual_seed(args.seed)
-    config = LoryConfig(**config, vocab_size=vocab_size)
+    config = replace(config, vocab_size=vocab_size)
     warm = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
     if args.init_from == 'resume':
         model, ckpt = load_checkpoint(checkpoint, device)
@@ -279,7 +301,13 @@ def main(argv=None):
                             'before, or start another run with another --out_dir.')
         step, rows, active = ckpt['step'], ckpt['rows'], ckpt['active'].to(device)
     else:
-        model = Lory(replace(config, n_experts=1) if warm else config).to(device)
+        if args.init_from == 'scratch':
+            model = Lory(replace(config, n_experts=1) if warm else config).to(device)
+        else:                                                        # a dense one may become experts, as in upcycling
+            model, ckpt = load_checkpoint(args.init_from, device)
+            if ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
+                raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
+                                'the flags say: prepare the data with its tokenizer, and leave out the flags of its shape.')
         step, rows, active = 0, [], torch.zeros(config.n_layer, config.n_experts, device=device)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
@@ -302,10 +330,11 @@ def main(argv=None):
     say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
         f'{planned / 1e6:.1f}M tokens, {planned / len(data.train.tokens):.1f} epochs, on {world} x {device} in '
         f'{str(dtype)[6:]}')
-    if warm and step < warm:
+    if step < warm and model.config.n_experts == 1:
         say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
     os.makedirs(args.out_dir, exist_ok=True)
     seconds, since = 0.0, step                                       # spent on the steps since the last log line
+    counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
 
     while True:
         # --- dense warm-up ends (Sec. 4.1, G.3) ---
@@ -332,7 +361,7 @@ def main(argv=None):
                 ' | ' + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in domains))
             if rank == 0:
                 write_log(f'{args.out_dir}/log.csv', rows)
-                plot(args.out_dir, rows, routing.cpu().numpy(), domains)
+                plot(args.out_dir, rows, routing.numpy(), domains)
                 save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, active=active.cpu(),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
                                 data=identity, tokenizer=data.tokenizer)
@@ -353,8 +382,9 @@ def main(argv=None):
                 _, piece, e = running(x, y, return_routing=True)
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
             loss += piece.item() / args.gradient_accumulation_steps
-            if model.config.n_experts > 1:                           # in use: above 2/E for a segment (App. G.1)
-                active = active.maximum((e > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
+            # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1) and no expert.
+            if model.config.n_experts > 1:
+                active = active.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -377,7 +407,7 @@ def main(argv=None):
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
-            in_use = f'experts in use {100 * active.mean():3.0f}% | ' if model.config.n_experts > 1 else ''
+            in_use = f'experts in use {100 * active.mean():3.0f}% | ' if counted and model.config.n_experts > 1 else ''
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
                 f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
                 f'{left // 60}:{left % 60:02d} left', flush=True)
@@ -395,5 +425,5 @@ if __name__ == '__main__':
         print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation.', file=sys.stderr)
+        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation, if there was one.', file=sys.stderr)
         sys.exit(130)

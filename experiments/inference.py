@@ -36,7 +36,7 @@ PROMPTS, AFTER = (1, 16, 64, 256, 512), 256
 @torch.no_grad()
 def continuation(model, windows, token_bytes, P, routing):
     """Bits per byte of tokens P .. P + AFTER - 1 of each window (n, >= P + AFTER), read after its first P tokens."""
-    logits, _, cache = model.prefill(windows[:, :P], routing)
+    logits, _, cache = model.prefill(windows[:, :P], routing == 'segment')
     nats, size = 0.0, 0
     for t in range(P, P + AFTER):
         target, bytes_ = windows[:, t], token_bytes[windows[:, t]]
@@ -59,7 +59,7 @@ def seconds(f, repeat):
 def speed(dense, model, rounds=9, n=64):
     """Medians over alternating rounds, one sequence, after a prompt of 512 tokens."""
     idx, one = torch.randint(dense.config.vocab_size, (1, 512)), torch.tensor([512])
-    caches = {name: m.prefill(idx, 'prompt')[2] for name, m in (('dense', dense), ('lory', model))}
+    caches = {name: m.prefill(idx)[2] for name, m in (('dense', dense), ('lory', model))}
     token = idx[:, 0]
     steps = dict(dense=lambda: [dense.decode(token, one + i, caches['dense']) for i in range(n)],
                  lory=lambda: [model.decode(token, one + i, caches['lory']) for i in range(n)])
