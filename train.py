@@ -62,8 +62,8 @@ def make_parser():
     flag('beta1', 0.9, "AdamW's")
     flag('beta2', 0.95, "AdamW's")
     flag('grad_clip', 1.0, 'gradient norm above which the gradient is scaled down')
-    flag('eval_interval', 500, 'updates between validations, each of which saves ckpt.pt')
-    flag('eval_windows', 16, 'validation windows per domain, evenly spaced; the last validation reads them all')
+    flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt')
+    flag('eval_windows', 0, 'validation windows of each domain, evenly spaced, the same ones every time; 0: all')
     flag('log_interval', 50, 'updates between log lines, over which experts in use are counted')
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
     flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
@@ -128,20 +128,23 @@ def to_xy(windows, device):
     return xy[:, :-1], xy[:, 1:]
 
 
-def validation_windows(split, n_domains, L):
-    """The non-overlapping windows of each domain's own text. -> per domain a list of (<= L + 1,) token arrays"""
+def validation_windows(split, n_domains, L, limit=0):
+    """The non-overlapping windows of each domain's own text, or `limit` evenly spaced ones of them, if that is not 0.
+    -> per domain a list of (L + 1,) token arrays"""
     windows = []
     for d in range(n_domains):
         docs = np.flatnonzero(split.domain == d)                     # contiguous: prepare.py writes domain by domain
         lo, hi = (split.start[docs[0]], split.start[docs[-1] + 1]) if len(docs) else (0, 0)
         starts = range(lo, hi - L, L) or range(lo, hi - 1, L)        # a domain shorter than a window is one short one
+        if 0 < limit < len(starts):
+            starts = [starts[i * len(starts) // limit] for i in range(limit)]
         windows.append([split.tokens[s:min(s + L + 1, hi)] for s in starts])
     return windows
 
 
 @torch.no_grad()
-def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
-    """Validation per domain, always on the same windows: all whole ones, or `limit` evenly spaced ones.
+def evaluate(model, windows, token_bytes, args, device, autocast):
+    """Validation per domain, every time on the same windows.
 
     Returns a float64 tensor (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions and [:, 1] after
     segment 1, and the routing weights averaged per domain over the segments after the first, (n_domains, n_layer, E).
@@ -152,8 +155,6 @@ def evaluate(model, windows, token_bytes, args, device, autocast, limit=None):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch = max(1, args.batch_size // (world * args.gradient_accumulation_steps))
     for d, chosen in enumerate(windows):
-        if limit and len(chosen) > limit:
-            chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
         for i in range(rank * batch, len(chosen), world * batch):
             x, y = to_xy(chosen[i:i + batch], device)
             with autocast:
@@ -192,7 +193,7 @@ def plot(out_dir, rows, routing, domains):
 
     fig, ax = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
-    ax[0].plot([r['step'] for r in train], [r['loss'] for r in train], color='0.6', lw=1)
+    ax[0].plot([r['step'] for r in train], [r['loss'] for r in train], color='0.3', lw=1.2)
     ax[0].set(xlabel='step', ylabel='training loss (nats per token)')
     for name in domains:
         ax[1].plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', label=name)
@@ -251,12 +252,12 @@ def main(argv=None):
                                 'or start another run with another --out_dir.')
         if args.max_iters < ckpt['step']:
             raise UserError(f'the run in {args.out_dir} is at step {ckpt["step"]}: raise --max_iters above it.')
-    for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_windows', 'log_interval'):
+    for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
         if getattr(args, name) < 1:
             raise UserError(f'{name}={getattr(args, name)} must be at least 1.')
     for name in ('learning_rate', 'min_lr_ratio', 'warmup', 'dense_warmup', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
-                 'seed'):
-        top = math.inf if name in ('learning_rate', 'weight_decay', 'grad_clip', 'seed') else 1
+                 'eval_windows', 'seed'):
+        top = math.inf if name in ('learning_rate', 'weight_decay', 'grad_clip', 'eval_windows', 'seed') else 1
         if not 0 <= getattr(args, name) < top:
             raise UserError(f'{name}={getattr(args, name)} must be at least 0' + (' and below 1.' if top == 1 else '.'))
     config = LoryConfig(**{name: value for name, value in vars(args).items() if name in model_fields})
@@ -285,7 +286,7 @@ def main(argv=None):
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
     domains, vocab_size = data.meta['domains'], data.meta['vocab_size']
-    windows = validation_windows(data.val, len(domains), args.block_size)
+    windows = validation_windows(data.val, len(domains), args.block_size, args.eval_windows)
     size = [len(base64.b64decode(token)) for token in data.tokenizer['tokens']]
     token_bytes = torch.tensor(size + [0] * (vocab_size - len(size)), device=device)   # (V,), special tokens have none
     identity = data.meta['sha256']                                   # of tokenizer and bins: resuming needs the same
@@ -299,7 +300,7 @@ def main(argv=None):
         if ckpt['data'] != identity:
             raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
                             'before, or start another run with another --out_dir.')
-        step, rows, active = ckpt['step'], ckpt['rows'], ckpt['active'].to(device)
+        step, rows, since, lost, active = ckpt['step'], ckpt['rows'], *ckpt['since_line']
     else:
         if args.init_from == 'scratch':
             model = Lory(replace(config, n_experts=1) if warm else config).to(device)
@@ -308,7 +309,7 @@ def main(argv=None):
             if ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
                 raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
                                 'the flags say: prepare the data with its tokenizer, and leave out the flags of its shape.')
-        step, rows, active = 0, [], torch.zeros(config.n_layer, config.n_experts, device=device)
+        step, rows, since, lost, active = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
         optimizer.load_state_dict(ckpt['optimizer'])
@@ -333,7 +334,8 @@ def main(argv=None):
     if step < warm and model.config.n_experts == 1:
         say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
     os.makedirs(args.out_dir, exist_ok=True)
-    seconds, since = 0.0, step                                       # spent on the steps since the last log line
+    seconds, timed = 0.0, 0                                          # spent on that many steps since the last log line
+    active = active.to(device)                                       # experts in use since then, as `lost` sums the loss
     counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
 
     while True:
@@ -348,8 +350,7 @@ def main(argv=None):
         last = step == args.max_iters
         done = bool(rows) and rows[-1]['step'] == step and 'val_bpb' in rows[-1]
         if (step % args.eval_interval == 0 or last) and not done:
-            limit = None if last else args.eval_windows
-            sums, routing = evaluate(model, windows, token_bytes, args, device, autocast, limit)
+            sums, routing = evaluate(model, windows, token_bytes, args, device, autocast)
             bpb = sums[..., 0] / sums[..., 2] / math.log(2)          # (n_domains, 2)
             ppl = (sums[..., 0] / sums[..., 1]).exp()
             row = dict(step=step, val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
@@ -362,7 +363,7 @@ def main(argv=None):
             if rank == 0:
                 write_log(f'{args.out_dir}/log.csv', rows)
                 plot(args.out_dir, rows, routing.numpy(), domains)
-                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, active=active.cpu(),
+                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, since_line=(since, lost, active.cpu()),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
                                 data=identity, tokenizer=data.tokenizer)
         if last:
@@ -393,17 +394,16 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        seconds += time.time() - t0
-        step += 1
+        seconds, timed, lost, step = seconds + time.time() - t0, timed + 1, lost + loss, step + 1
 
         # --- report ---
         if step % args.log_interval == 0:
             if world > 1:                                            # rank 0 speaks for all
-                total = torch.tensor(loss, device=device)
+                total = torch.tensor(lost, device=device)
                 dist.all_reduce(total)
                 dist.all_reduce(active, dist.ReduceOp.MAX)
-                loss = total.item() / world
-            per_step = seconds / (step - since)
+                lost = total.item() / world
+            per_step, loss = seconds / timed, lost / (step - since)  # both are means since the last line
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
@@ -411,7 +411,7 @@ def main(argv=None):
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
                 f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
                 f'{left // 60}:{left % 60:02d} left', flush=True)
-            seconds, since, active = 0.0, step, torch.zeros_like(active)
+            seconds, timed, since, lost, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
 
     say(f'done: {args.out_dir}/ ' + ', '.join(sorted(os.listdir(args.out_dir))) + '; now try: python sample.py')
     if world > 1:

@@ -91,9 +91,8 @@ def main():
     size = [len(base64.b64decode(t)) for t in data.tokenizer['tokens']]
     token_bytes = torch.tensor(size + [0] * (data.meta['vocab_size'] - len(size)))
     domains = data.meta['domains']
-    held_out = validation_windows(data.val, len(domains), max(PROMPTS) + AFTER)
-    batches = [torch.from_numpy(np.stack([w[i * len(w) // args.windows] for i in range(min(args.windows, len(w)))]).astype(int))
-               for w in held_out]
+    held_out = validation_windows(data.val, len(domains), max(PROMPTS) + AFTER, args.windows)
+    batches = [torch.from_numpy(np.stack(w).astype(np.int64)) for w in held_out]
     result = dict(torch=torch.__version__, threads=torch.get_num_threads(), runs=args.runs, continuation=[])
 
     print(f'1. bits per byte of the {AFTER} tokens after a prompt of P tokens')
@@ -108,11 +107,11 @@ def main():
                       + ''.join(f'{b:9.4f}' for b in [*bpb, statistics.mean(bpb)]))
 
     dense, model = list(models.values())[:2]
-    windows = validation_windows(data.val, len(domains), 512)
+    windows = validation_windows(data.val, len(domains), 512, 32)
     settings = argparse.Namespace(batch_size=16, gradient_accumulation_steps=1, segment_len=256)
 
     def by_domain(m):
-        s = evaluate(m, windows, token_bytes, settings, 'cpu', torch.autocast('cpu', enabled=False), 32)[0][:, 0]
+        s = evaluate(m, windows, token_bytes, settings, 'cpu', torch.autocast('cpu', enabled=False))[0][:, 0]
         return (s[:, 0] / s[:, 2] / math.log(2)).tolist()
     print('\n2. dense experts: bits per byte on each domain')
     experts = {}
