@@ -88,7 +88,9 @@ class LoryConfig:
         if self.n_embd % (2 * self.n_head):
             raise UserError(f'n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head} '
                             '(rotary embeddings turn pairs of channels in each head).')
-        if self.ffn_hidden < 1:
+        if self.ffn_hidden < 0:
+            raise UserError(f'ffn_hidden={self.ffn_hidden} must not be negative.')
+        if self.ffn_hidden == 0:
             self.ffn_hidden = 32 * math.ceil(self.n_embd * 8 / 3 / 32)
 
 
@@ -531,16 +533,20 @@ def atomic_open(path, mode='wb', **kw):
     except BaseException as e:
         if os.path.exists(tmp):
             os.remove(tmp)
-        if isinstance(e, OSError):
-            raise UserError(f'cannot write {path} ({e.strerror}): free some space or choose another folder; '
+        cause = e if isinstance(e, OSError) else e.__context__       # torch.save hides a full disk behind another error
+        if isinstance(cause, OSError):
+            raise UserError(f'cannot write {path} ({cause.strerror}): free some space or choose another folder; '
                             'what was there before is unchanged.') from e
         raise
+
+
+FORMAT = 1  # of checkpoints; what a run adds to its own is train.py's
 
 
 def save_checkpoint(path, model, **rest):
     """Write `model` and plain values in `rest` to path, atomically. `model` is the bare Lory, no DDP or compile."""
     with atomic_open(path) as f:
-        torch.save(dict(rest, config=asdict(model.config), model=model.state_dict()), f)
+        torch.save(dict(rest, format=FORMAT, config=asdict(model.config), model=model.state_dict()), f)
 
 
 def load_checkpoint(path, device='cpu'):
@@ -549,9 +555,22 @@ def load_checkpoint(path, device='cpu'):
         raise UserError(f'there is no checkpoint at {path}; train one with: python train.py')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        if ckpt['format'] != FORMAT:
+            raise ValueError(f'format {ckpt["format"]}')
         model = Lory(LoryConfig(**ckpt['config']))
         model.load_state_dict(ckpt['model'])
     except Exception as e:
-        raise UserError(f'{path} is not a whole Lory checkpoint ({type(e).__name__}); '
-                        'choose another with --out_dir, or train again.') from e
+        raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(e).__name__}); '
+                        'choose another, or train again.') from e
     return model.to(device), ckpt
+
+
+def usable_device(name):
+    """The device called `name`, or for 'auto' the fastest there is. UserError if it cannot be used here."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:                  # torch raises all three
+        raise UserError(f'device={name} cannot be used here; try --device=auto.') from e
+    return name

@@ -57,7 +57,7 @@ Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Sp
 
 def say(label, text, since=None):
     """One aligned line of the report, with the seconds since `since`."""
-    print(f'{label:<18} {text:<72}' + (f'{time.time() - since:7.1f} s' if since else ''), flush=True)
+    print((f'{label:<18} {text:<72}' + (f'{time.time() - since:7.1f} s' if since else '')).rstrip(), flush=True)
 
 
 def track(label, items):
@@ -135,10 +135,11 @@ def read_builtin(mb_per_domain):
 def read_inputs(paths):
     """Documents from folders, text files and .jsonl files. Raises UserError for a path or a JSONL line that is none."""
     files, docs, binary, empty = [], [], 0, 0
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f'--input {path} does not exist; check the path.')
-        root = path.resolve()
+    for path in paths:
+        try:
+            root = Path(path or '\0').resolve(strict=True)  # an empty path would mean the current folder
+        except (OSError, RuntimeError, ValueError):  # not there, a loop of links, not a path
+            raise UserError(f'--input {path!r} does not exist; check the path.') from None
         for file in [root] if root.is_file() else sorted(root.rglob('*')):  # sorted: disks differ in their order
             inside = file.relative_to(root).parts
             if file.is_file() and not any(part.startswith('.') for part in inside):  # nothing hidden, such as .git
@@ -159,12 +160,15 @@ def read_inputs(paths):
                 try:
                     record = json.loads(line)
                     record['text'].encode()  # fails for anything but text, lone surrogates too
-                    found.append(Document(record['text'], str(record.get('domain') or domain), f'{source}:{i}'))
-                except (ValueError, TypeError, KeyError, AttributeError):
+                    label = str(record.get('domain') or domain)
+                    found.append(Document(record['text'], label, f'{source}:{i}'))
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     raise UserError(f'{file}, line {i}: expected a JSON object with a string "text".') from None
         elif len(files) == 1:  # most likely a whole corpus, such as all of Shakespeare, and not one document
             found = [Document(piece, domain, f'{source}:{i}') for i, piece in enumerate(cut(text))]
-        docs += [doc for doc in found if doc.text.strip()]
+        # Domains stand in log lines and legends: no line breaks, no half characters, no leading underscore.
+        docs += [doc._replace(domain=re.sub(r'[^\w.+ -]', '', doc.domain).strip('_ ')[:40] or 'text')
+                 for doc in found if doc.text.strip()]
         empty += sum(not doc.text.strip() for doc in found)
     if binary or empty:
         say('skipped', f'{binary:,} binary or unreadable files, {empty:,} empty documents')
@@ -444,6 +448,7 @@ def load_dataset(path, block_size):
         for name, checksum in meta['sha256'].items():
             if sha256(path / name) != checksum:
                 raise UserError(f'{path / name} is truncated or changed: its checksum is not that in meta.json; {cure}')
+        _ = [meta[s]['tokens'] for s in ('train', 'val')], np.dtype(meta['dtype']), meta['vocab_size'], meta['domains']
     except OSError as e:
         raise UserError(f'{e.filename} cannot be read ({e.strerror}), so the dataset is incomplete; {cure}') from None
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
@@ -537,3 +542,6 @@ if __name__ == '__main__':
     except UserError as e:
         print(f'prepare.py: {e}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('\nprepare.py: stopped; no dataset was changed.', file=sys.stderr)
+        sys.exit(130)

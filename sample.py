@@ -10,12 +10,13 @@ The prompt routes once: each layer merges its experts into one FFN, and from the
 """
 import argparse
 import codecs
+import os
 import sys
 import time
 
 import torch
 
-from lory import UserError, atomic_open, load_checkpoint, save_checkpoint
+from lory import UserError, atomic_open, load_checkpoint, save_checkpoint, usable_device
 from prepare import encode, load_tokenizer
 
 
@@ -42,18 +43,20 @@ def make_parser():
     flag('routing_picture', '', 'draw those shares into this PNG file')
     flag('save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
     flag('seed', 1337, 'of the draws')
-    flag('device', 'cuda' if torch.cuda.is_available() else 'cpu', 'cpu, cuda, mps')
+    flag('device', 'auto', 'auto, cpu, cuda, mps')
     return parser
 
 
 def check(args, vocab_size):
     """UserError for a value that cannot be meant."""
     for wrong, cure in [
-        (args.temperature < 0, f'temperature={args.temperature} must not be negative; 0 is greedy.'),
+        (not (args.temperature == 0 or 1e-3 <= args.temperature < float('inf')),
+         f'temperature={args.temperature} must be 0, which is greedy, or at least 0.001.'),
         (not 0 <= args.top_k <= vocab_size, f'top_k={args.top_k} must be 0 to the vocabulary size, {vocab_size}.'),
         (not 0 < args.top_p <= 1, f'top_p={args.top_p} must be above 0 and at most 1.'),
         (args.max_new_tokens < 1, f'max_new_tokens={args.max_new_tokens} must be at least 1.'),
         (args.num_samples < 1, f'num_samples={args.num_samples} must be at least 1.'),
+        (not 0 <= args.seed < 2**63, f'seed={args.seed} must be 0 to 2**63 - 1.'),
         (args.start == '', 'the prompt is empty; give --start some text, or a newline.'),
     ]:
         if wrong:
@@ -102,13 +105,16 @@ def draw_routing(e, path):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', args.device)
+    sys.stdout.reconfigure(errors='replace')                         # a terminal may lack a character
+    device = usable_device(args.device)
+    model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device)
     model.eval()
+    args.start = read_prompt(args.start)
     check(args, model.config.vocab_size)
     tokenizer = load_tokenizer(ckpt['tokenizer'])
-    args.start = read_prompt(args.start)
-    prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=args.device)
-    torch.manual_seed(args.seed)
+    prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=device)
+    if len(prompt) > model.config.block_size:
+        raise UserError(f'the prompt has {len(prompt)} tokens, block_size={model.config.block_size} is the most: shorten it.')
 
     if args.show_routing or args.routing_picture:
         e = model.prefill(prompt[None], args.routing == 'segment')[1][0, :, -1]   # (n_layer, E)
@@ -120,6 +126,7 @@ def main(argv=None):
         save_checkpoint(args.save_dense, model.specialize(prompt[None]), tokenizer=ckpt['tokenizer'])
         print(f'dense model written to {args.save_dense}; try: python sample.py --checkpoint={args.save_dense}\n')
 
+    torch.manual_seed(args.seed)
     for number in range(args.num_samples):
         if number:
             print('-' * 80)
@@ -153,3 +160,6 @@ if __name__ == '__main__':
         sys.exit(2)
     except KeyboardInterrupt:
         print()
+        sys.exit(130)
+    except BrokenPipeError:                                          # the reader, such as head, has had enough
+        os._exit(0)

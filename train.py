@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
 from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, load_checkpoint, \
-    save_checkpoint, upcycle
+    save_checkpoint, upcycle, usable_device
 
 # The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32 they are its
 # 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
@@ -76,15 +76,9 @@ def make_parser():
 
 def pick_device(args):
     """-> device, autocast dtype."""
-    device = args.device
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    device = usable_device(args.device)
     if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:  # torch raises all three
-        raise UserError(f'device={args.device} cannot be used here; try --device=auto.') from e
+        device = usable_device(f'cuda:{os.environ["LOCAL_RANK"]}')
     dtype = args.dtype
     if dtype == 'auto':
         cpu = getattr(torch.cpu, 'get_capabilities', dict)()
@@ -231,12 +225,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     checkpoint = f'{args.out_dir}/ckpt.pt'
     model_fields = LoryConfig.__dataclass_fields__
+    if args.preset and args.init_from == 'resume':
+        raise UserError('a resumed run keeps its settings: leave --preset out.')
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from == 'resume':
         # The run's own settings become the defaults, so that only what is to change need be said again.
         _, ckpt = load_checkpoint(checkpoint)
-        if 'optimizer' not in ckpt:
+        if 'optimizer' not in ckpt:                                  # as sample.py --save_dense writes it
             raise UserError(f'{checkpoint} is a model without a run: start from it with --init_from={checkpoint}.')
         parser.set_defaults(**ckpt['args'] | dict(out_dir=args.out_dir))
     elif os.path.exists(checkpoint):
@@ -253,13 +249,13 @@ def main(argv=None):
         if args.max_iters < ckpt['step']:
             raise UserError(f'the run in {args.out_dir} is at step {ckpt["step"]}: raise --max_iters above it.')
     for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
-        if getattr(args, name) < 1:
-            raise UserError(f'{name}={getattr(args, name)} must be at least 1.')
+        if not 1 <= getattr(args, name) < 10**9:
+            raise UserError(f'{name}={getattr(args, name)} must be at least 1 and below a billion.')
     for name in ('learning_rate', 'min_lr_ratio', 'warmup', 'dense_warmup', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
                  'eval_windows', 'seed'):
-        top = math.inf if name in ('learning_rate', 'weight_decay', 'grad_clip', 'eval_windows', 'seed') else 1
+        top = 2**63 if name in ('weight_decay', 'grad_clip', 'eval_windows', 'seed') else 1
         if not 0 <= getattr(args, name) < top:
-            raise UserError(f'{name}={getattr(args, name)} must be at least 0' + (' and below 1.' if top == 1 else '.'))
+            raise UserError(f'{name}={getattr(args, name)} must be at least 0 and below {top}.')
     config = LoryConfig(**{name: value for name, value in vars(args).items() if name in model_fields})
 
     # --- processes and device ---
@@ -280,7 +276,11 @@ def main(argv=None):
     keep_memory(device)
 
     # --- data ---
-    if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'cannot make the folder {args.out_dir!r} ({e.strerror}); choose another --out_dir.') from e
+    if args.dataset == 'builtin' and args.init_from != 'resume' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
         prepare.main([])
     if world > 1:
         dist.barrier()
@@ -313,7 +313,11 @@ def main(argv=None):
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
         optimizer.load_state_dict(ckpt['optimizer'])
-        scaler.load_state_dict(ckpt['scaler'])
+        for group in optimizer.param_groups:                         # these may have been given anew
+            group['betas'] = (args.beta1, args.beta2)
+            group['weight_decay'] = args.weight_decay if group['params'][0].dim() > 1 else 0.0
+        if scaler.is_enabled() and ckpt['scaler']:
+            scaler.load_state_dict(ckpt['scaler'])
         torch.set_rng_state(ckpt['rng'])
 
     def wrap(model):
@@ -329,11 +333,10 @@ def main(argv=None):
         f'{config.segment_len}, first segment {config.first_segment}')
     planned = args.max_iters * tokens_per_step
     say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
-        f'{planned / 1e6:.1f}M tokens, {planned / len(data.train.tokens):.1f} epochs, on {world} x {device} in '
+        f'{planned:,} tokens, {planned / len(data.train.tokens):.2g} epochs, on {world} x {device} in '
         f'{str(dtype)[6:]}')
     if step < warm and model.config.n_experts == 1:
         say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
-    os.makedirs(args.out_dir, exist_ok=True)
     seconds, timed = 0.0, 0                                          # spent on that many steps since the last log line
     active = active.to(device)                                       # experts in use since then, as `lost` sums the loss
     counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
@@ -358,14 +361,17 @@ def main(argv=None):
                 row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
                         f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
             rows.append(row)
-            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte, {row["later_bpb"]:.4f} after segment 1'
-                ' | ' + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in domains))
+            later = f', {row["later_bpb"]:.4f} after segment 1' if args.segment_len < args.block_size else ''
+            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte{later} | ' +
+                ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
+            if not math.isfinite(row['val_bpb']):
+                raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
             if rank == 0:
-                write_log(f'{args.out_dir}/log.csv', rows)
-                plot(args.out_dir, rows, routing.numpy(), domains)
                 save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, since_line=(since, lost, active.cpu()),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
                                 data=identity, tokenizer=data.tokenizer)
+                write_log(f'{args.out_dir}/log.csv', rows)
+                plot(args.out_dir, rows, routing.numpy(), domains)
         if last:
             break
 
@@ -389,8 +395,8 @@ def main(argv=None):
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f'step {step}: loss {loss}, gradient norm {norm}; the last checkpoint is untouched: go on '
-                            'from it with --init_from=resume and a lower --learning_rate.')
+            raise UserError(f'step {step}: loss {loss:.4f}, gradient norm {norm:.4f}; {checkpoint} was left as it was: go '
+                            'on from it with --init_from=resume and a lower --learning_rate, or start anew with one.')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -413,7 +419,8 @@ def main(argv=None):
                 f'{left // 60}:{left % 60:02d} left', flush=True)
             seconds, timed, since, lost, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
 
-    say(f'done: {args.out_dir}/ ' + ', '.join(sorted(os.listdir(args.out_dir))) + '; now try: python sample.py')
+    say(f'done: {args.out_dir}/ has ckpt.pt, log.csv, loss.png and experts.png; now try: python sample.py '
+        f'--out_dir={args.out_dir}')
     if world > 1:
         dist.destroy_process_group()
 
@@ -423,6 +430,11 @@ if __name__ == '__main__':
         main()
     except UserError as e:
         print(f'train.py: {e}', file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if 'memory' not in str(e):
+            raise
+        print('train.py: out of memory: raise --gradient_accumulation_steps, or make the model smaller.', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\ntrain.py: stopped; --init_from=resume goes on from the last validation, if there was one.', file=sys.stderr)
