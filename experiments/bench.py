@@ -26,7 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}              # dense bf16 FLOP/s, from the vendor's data sheets
 SIZES = {
     'default': (dict(), 4),                                          # (config, sequences a step)
-    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 4),
+    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16),
     'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000), 4),
 }
 VARIANTS = {                                                         # name -> what differs from the size's config
@@ -76,33 +76,45 @@ class Subject:
             loss.backward()
             t.append(self.clock())
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            with torch.profiler.record_function('updated'):
+                self.optimizer.zero_grad(set_to_none=True)
             t.append(self.clock())
         self.times.append([b - a for a, b in zip(t, t[1:])])         # forward, backward, optimiser
 
     def peak_memory(self):
-        """Bytes a step holds at most, beyond parameters, optimiser state and gradients."""
-        gradients = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes a step holds at most, beyond parameters, optimiser state and the gradients that are finished by then.
+        (On CUDA beyond all gradients, finished or not, so a little less.)"""
         if 'cuda' in self.device:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             self.step()
+            gradients = sum(p.numel() * p.element_size() for p in self.model.parameters())
             return torch.cuda.max_memory_allocated() - before - gradients
+        def finished(p):
+            with torch.profiler.record_function(f'gradient {p.numel() * p.element_size()}'):
+                pass
+        hooks = [p.register_post_accumulate_grad_hook(finished) for p in self.model.parameters()]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             self.step()
-        held = peak = 0
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak - gradients
+        for hook in hooks:
+            hook.remove()
+        held = gradients = peak = 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == '[memory]':
+                held += event.nbytes()
+                peak = max(peak, held - gradients)
+            elif event.name().startswith('gradient '):
+                gradients += int(event.name().split()[1])
+            elif event.name() == 'updated':                          # from here on gradients are released
+                break
+        return peak
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', nargs='+', default=['default', 'width256'], choices=SIZES)
     parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument('--rounds', type=int, default=15, help='timed steps of each variant')
+    parser.add_argument('--rounds', type=int, default=11, help='timed steps of each variant')
     parser.add_argument('--batch', type=int, default=0, help='sequences a step; 0: the size\'s own')
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', default='auto')
