@@ -69,7 +69,7 @@ class LoryConfig:
     ffn_hidden: int = option(0, "H, hidden width of one expert's SwiGLU; 0: 8/3 of n_embd, rounded up to 32's multiple")
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
-    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all later ones by segment 1 (Sec. 5.1); '
+    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all later by segment 1 (Sec. 5.1); '
                                     'expert_choice: tokens to experts, the sparse baseline (Sec. 5.3)',
                           ('causal', 'prefix', 'expert_choice'))
     first_segment: str = option('prior', 'what routes segment 1: prior, a learned constant (strictly causal), or self, '
@@ -218,8 +218,8 @@ class ExpertChoiceFFN(LoryFFN):
 
 def rotation(pos, hs):
     """Rotary position embedding: channel pair i at position pos turns by the angle pos * 10000^(-2i/hs), so that the
-    product of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin that broadcast to
-    (B, nh, L, hs/2)."""
+    product of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin, which
+    broadcast to (B, nh, L, hs/2)."""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)               # (hs/2,)
     angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
     return angle.cos(), angle.sin()

@@ -114,7 +114,8 @@ def main(argv=None):
     tokenizer = load_tokenizer(ckpt['tokenizer'])
     prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=device)
     if len(prompt) > model.config.block_size:
-        raise UserError(f'the prompt has {len(prompt)} tokens, block_size={model.config.block_size} is the most: shorten it.')
+        raise UserError(f'the prompt has {len(prompt)} tokens and block_size={model.config.block_size} is the most: '
+                        'shorten it.')
 
     if args.show_routing or args.routing_picture:
         e = model.prefill(prompt[None], args.routing == 'segment')[1][0, :, -1]   # (n_layer, E)

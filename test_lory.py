@@ -1,6 +1,6 @@
 """
-The tests of Lory. The model's compare the code with something written another way; most have been seen to fail when the code
-under them was broken on purpose.
+The tests of Lory. The model's compare the code with something written another way; most have been seen to fail when
+the code under them was broken on purpose.
 
     python -m pytest -q test_lory.py
 """
@@ -93,7 +93,8 @@ def test_layer_equals_naive_loop_in_output_and_every_gradient(first_segment, L):
         results.append([y, *(torch.zeros(1) if g is None else g for g in grads)])
     names = ['output', 'x', *(n for n, _ in ffn.named_parameters())]
     for name, ours, naive in zip(names, *results):
-        torch.testing.assert_close(ours, naive.to(ours).expand_as(ours), rtol=1e-9, atol=1e-12, msg=lambda m: f'{name}: {m}')
+        torch.testing.assert_close(ours, naive.to(ours).expand_as(ours), rtol=1e-9, atol=1e-12,
+                                   msg=lambda m: f'{name}: {m}')
 
 
 def test_merged_linear_against_finite_differences_and_autograd():
@@ -170,7 +171,8 @@ def test_attention_and_loss_against_a_second_implementation():
     scores = (q @ k.mH).real / math.sqrt(hs)
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16)
-    torch.testing.assert_close(attn(x, rotation(torch.arange(9), hs)), F.linear(y, attn.proj.weight), rtol=1e-6, atol=1e-6)
+    ours = attn(x, rotation(torch.arange(9), hs))
+    torch.testing.assert_close(ours, F.linear(y, attn.proj.weight), rtol=1e-6, atol=1e-6)
 
     idx, targets = torch.randint(50, (2, 9)), torch.randint(50, (2, 9))
     targets[0, 3] = -1
@@ -215,11 +217,12 @@ def test_self_leaks_within_the_first_segment_and_nowhere_else():
 
 
 def test_where_gradients_flow():
-    """Segment 1's loss teaches experts but (under the paper's rule) no router; segment k's router learns from k-1 only."""
+    """Segment 1 teaches experts but (under the paper's rule) no router; segment k's router learns from k-1 only."""
     ffn = sharp(LoryFFN(small(first_segment='self')), scale=1.0)
     x = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)
     y = ffn(x)[0].view(2, 4, 6, 16)
-    router, gate = torch.autograd.grad(y[:, 0].sum(), [ffn.router.weight, ffn.gate], retain_graph=True, materialize_grads=True)
+    router, gate = torch.autograd.grad(y[:, 0].sum(), [ffn.router.weight, ffn.gate], retain_graph=True,
+                                       materialize_grads=True)
     assert router.abs().max() == 0 and gate.abs().min() > 0
     for k in range(1, 4):
         dx, router = torch.autograd.grad(y[:, k].sum(), [x, ffn.router.weight], retain_graph=True)
@@ -266,7 +269,8 @@ def test_expert_choice_equals_naive_loop_in_training_and_evaluation():
         y = ffn(x)[0]
         torch.testing.assert_close(y, naive)
         params = [x, *ffn.parameters()]
-        for a, b in zip(torch.autograd.grad((y * probe).sum(), params), torch.autograd.grad((naive * probe).sum(), params)):
+        ours, theirs = (torch.autograd.grad((out * probe).sum(), params) for out in (y, naive))
+        for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b)
 
 
@@ -1046,7 +1050,8 @@ def test_validation_is_each_domains_own_text_and_its_sums_are_right(run_home):
             logp = logits[0].double().log_softmax(-1)
             for t, target in enumerate(window[1:].tolist()):
                 if target != tokenizer.eot_token:
-                    nats, n, n_bytes = nats - logp[t, target].item(), n + 1, n_bytes + len(tokenizer.decode_single_token_bytes(target))
+                    nats, n = nats - logp[t, target].item(), n + 1
+                    n_bytes += len(tokenizer.decode_single_token_bytes(target))
                     late -= logp[t, target].item() if t >= 16 else 0
         assert sums[d, 0].tolist() == pytest.approx([nats, n, n_bytes], rel=1e-5)
         assert sums[d, 1, 0].item() == pytest.approx(late, rel=1e-5)

@@ -29,8 +29,8 @@ import prepare
 from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, load_checkpoint, \
     save_checkpoint, upcycle, usable_device
 
-# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32 they are its
-# 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
+# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32 they are
+# its 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {
@@ -202,8 +202,8 @@ def plot(out_dir, rows, routing, domains):
                              layout='constrained')
     for layer, a in enumerate(axes[0]):
         image = a.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), cmap='viridis', aspect='auto')
-        a.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(0, E, max(1, E // 8)), xticklabels=range(1, E + 1, max(1, E // 8)),
-              yticks=range(len(domains)), yticklabels=domains if layer == 0 else [])
+        a.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(0, E, max(1, E // 8)),
+              xticklabels=range(1, E + 1, max(1, E // 8)), yticks=range(len(domains)), yticklabels=domains if layer == 0 else [])
     fig.colorbar(image, ax=axes, label='mean routing weight')
     with atomic_open(f'{out_dir}/experts.png') as f:
         fig.savefig(f, format='png', dpi=110)
@@ -280,7 +280,8 @@ def main(argv=None):
         os.makedirs(args.out_dir, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {args.out_dir!r} ({e.strerror}); choose another --out_dir.') from e
-    if args.dataset == 'builtin' and args.init_from != 'resume' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
+    wanted = args.dataset == 'builtin' and args.init_from != 'resume' and not os.path.exists('data/builtin/meta.json')
+    if wanted and rank == 0:
         prepare.main([])
     if world > 1:
         dist.barrier()
@@ -308,7 +309,7 @@ def main(argv=None):
             model, ckpt = load_checkpoint(args.init_from, device)
             if ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
                 raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
-                                'the flags say: prepare the data with its tokenizer, and leave out the flags of its shape.')
+                                'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')
         step, rows, since, lost, active = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
@@ -367,7 +368,8 @@ def main(argv=None):
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
             if rank == 0:
-                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows, since_line=(since, lost, active.cpu()),
+                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows,
+                                since_line=(since, lost, active.cpu()),
                                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
                                 data=identity, tokenizer=data.tokenizer)
                 write_log(f'{args.out_dir}/log.csv', rows)
@@ -389,14 +391,14 @@ def main(argv=None):
                 _, piece, e = running(x, y, return_routing=True)
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
             loss += piece.item() / args.gradient_accumulation_steps
-            # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1) and no expert.
+            # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1), all ones.
             if model.config.n_experts > 1:
                 active = active.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f'step {step}: loss {loss:.4f}, gradient norm {norm:.4f}; {checkpoint} was left as it was: go '
-                            'on from it with --init_from=resume and a lower --learning_rate, or start anew with one.')
+            raise UserError(f'step {step}: loss {loss:.4f}, gradient norm {norm:.4f}; {checkpoint} was left as it was: '
+                            'go on from it with --init_from=resume and a lower --learning_rate, or start anew with one.')
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -437,5 +439,5 @@ if __name__ == '__main__':
         print('train.py: out of memory: raise --gradient_accumulation_steps, or make the model smaller.', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation, if there was one.', file=sys.stderr)
+        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation.', file=sys.stderr)
         sys.exit(130)
