@@ -544,10 +544,11 @@ def atomic_open(path, mode='wb', **kw):
 FORMAT = 1  # of checkpoints; what a run adds to its own is train.py's
 
 
-def save_checkpoint(path, model, **rest):
-    """Write `model` and plain values in `rest` to path, atomically. `model` is the bare Lory, no DDP or compile."""
+def save_checkpoint(path, config, state, **rest):
+    """Write a model's config, its state_dict() and plain values in `rest` to path, atomically. `state` is that of the
+    bare Lory, without the prefixes of DDP or compile, every tensor whole."""
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, config=asdict(model.config), model=model.state_dict()), f)
+        torch.save(dict(rest, format=FORMAT, config=asdict(config), model=state), f)
 
 
 def load_checkpoint(path, device='cpu'):

@@ -124,7 +124,8 @@ def main(argv=None):
         if args.routing_picture:
             draw_routing(e.cpu().numpy(), args.routing_picture)
     if args.save_dense:
-        save_checkpoint(args.save_dense, model.specialize(prompt[None]), tokenizer=ckpt['tokenizer'])
+        dense = model.specialize(prompt[None])
+        save_checkpoint(args.save_dense, dense.config, dense.state_dict(), tokenizer=ckpt['tokenizer'])
         print(f'dense model written to {args.save_dense}; try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -462,7 +463,7 @@ def test_config_refuses_what_does_not_fit(wrong):
 
 def test_checkpoint_round_trip_and_refusals(tmp_path):
     model, path = Lory(small(tie_embeddings=False)), tmp_path / 'ckpt.pt'
-    save_checkpoint(path, model, note='kept')
+    save_checkpoint(path, model.config, model.state_dict(), note='kept')
     again, ckpt = load_checkpoint(path)
     assert ckpt['note'] == 'kept' and again.config == model.config
     for a, b in zip(model.parameters(), again.parameters()):
@@ -1009,7 +1010,7 @@ def run_home(data_home):
 def run_script(script, home, *argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        script.main(list(argv))
+        return script.main(list(argv))
 
 
 def test_windows_tile_the_stream_once_an_epoch():
@@ -1062,46 +1063,116 @@ def test_a_tiny_run_learns_and_leaves_what_it_should(run_home):
     rows = list(csv.DictReader(open(run_home / 'whole/log.csv')))
     val = [float(r['val_bpb']) for r in rows if r['val_bpb']]
     assert len(val) == 4 and val[-1] < val[0] - 0.5
-    assert sorted(os.listdir(run_home / 'whole')) == ['ckpt.pt', 'experts.png', 'log.csv', 'loss.png']
+    assert sorted(os.listdir(run_home / 'whole')) == ['.lock', 'best.pt', 'ckpt.pt', 'experts.png', 'log.csv', 'loss.png']
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     assert model.config.n_experts == 4 and ckpt['step'] == 30
 
 
-@pytest.mark.parametrize('stop_at', [14, 22])                        # saved dense at 10, upcycling at 15; saved at 20
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(run_home, monkeypatch, stop_at):
-    class Killed(Exception):
-        pass
+@pytest.fixture(autouse=True)
+def own_signals():
+    """train.main takes Ctrl-C and SIGTERM for itself; give them back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-    real, calls = train.get_batch, []
 
-    def batch(*a):
-        if len(calls) == stop_at:
-            raise Killed
-        calls.append(a[1])
-        return real(*a)
-    out = f'--out_dir=stopped{stop_at}'
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        m.setattr(train, 'get_batch', batch)
-        run_script(train, run_home, *TINY, out)
-    assert load_checkpoint(run_home / f'stopped{stop_at}/ckpt.pt')[0].config.n_experts == (1 if stop_at < 15 else 4)
-    assert calls == list(range(0, 4 * stop_at, 4)), 'a run reads the data on and on, 4 sequences a step'
-    torch.randn(7)                                                   # disturb the random state of this process
-    run_script(train, run_home, '--init_from=resume', out)
-    a, b = (load_checkpoint(run_home / name / 'ckpt.pt') for name in ('whole', f'stopped{stop_at}'))
-    for (name, p), q in zip(a[0].named_parameters(), b[0].parameters()):
+def same_run(a, b):
+    """Two finished out_dirs, bit for bit but for what a clock wrote."""
+    (model, ckpt), (model2, ckpt2) = load_checkpoint(a / 'ckpt.pt'), load_checkpoint(b / 'ckpt.pt')
+    for (name, p), q in zip(model.named_parameters(), model2.parameters()):
         assert torch.equal(p, q), name
-    for p, q in zip(a[1]['optimizer']['state'].values(), b[1]['optimizer']['state'].values()):
-        assert all(torch.equal(p[k], q[k]) for k in p)
-    clock = ('ms', 'tok_s')
-    rows = [[{k: v for k, v in row.items() if k not in clock} for row in ckpt['rows']] for _, ckpt in (a, b)]
-    assert rows[0] == rows[1] and len(rows[0]) == 10
+    for p, q in zip(ckpt['optimizer']['state'].values(), ckpt2['optimizer']['state'].values()):
+        assert p.keys() == q.keys() and all(torch.equal(p[k], q[k]) for k in p)
+    rows, rows2 = ([{k: v for k, v in row.items() if k not in ('ms', 'tok_s')} for row in c['rows']] for c in (ckpt, ckpt2))
+    assert rows == rows2
+    for out in (a, b):
+        with open(out / 'log.csv') as f:
+            assert len(list(csv.DictReader(f))) == len(rows)
+    for picture in ('loss.png', 'experts.png'):
+        assert (a / picture).read_bytes() == (b / picture).read_bytes()
+    best, best2 = (load_checkpoint(out / 'best.pt')[1] for out in (a, b))
+    assert best['step'] == best2['step'] and all(torch.equal(best['model'][k], best2['model'][k]) for k in best['model'])
+
+
+class Killed(BaseException):
+    pass
+
+
+# Saved dense at 10; upcycled at 15; saved at 20. Killed in a step before and after upcycling; in the midst of writing
+# best.pt, ckpt.pt and a picture; in validation. Asked to stop by Ctrl-C on either side of upcycling.
+@pytest.mark.parametrize('where, call', [('get_batch', 14), ('get_batch', 22), ('write best.pt', 3), ('write ckpt.pt', 3),
+                                         ('write experts.png', 3), ('evaluate', 3), ('Ctrl-C', 13), ('Ctrl-C', 20)])
+def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(run_home, monkeypatch, where, call):
+    out, seen = f'stopped-{where}-{call}'.replace(' ', '-'), []
+    target = {'get_batch': 'get_batch', 'evaluate': 'evaluate', 'Ctrl-C': 'get_batch'}.get(where)
+
+    def reached():
+        seen.append(1)
+        if len(seen) == call:
+            if where != 'Ctrl-C':
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as m:
+        if target:
+            real = getattr(train, target)
+            m.setattr(train, target, lambda *a: reached() or real(*a))
+        else:
+            fsync = os.fsync                                         # the file is written, but not yet in its place
+
+            def half(fd):
+                if os.readlink(f'/proc/self/fd/{fd}').endswith(where.split()[1] + '.tmp'):
+                    reached()
+                fsync(fd)
+            m.setattr(os, 'fsync', half)
+        if where == 'Ctrl-C':
+            assert run_script(train, run_home, *TINY, f'--out_dir={out}') == 130
+        else:
+            with pytest.raises(Killed):
+                run_script(train, run_home, *TINY, f'--out_dir={out}')
+    assert len(seen) >= call
+    _, ckpt = load_checkpoint(run_home / out / 'ckpt.pt')
+    assert ckpt['step'] == (call - 1 if where == 'Ctrl-C' else 20 if call == 22 else 10 if where != 'get_batch' or call == 14 else 0)
+    torch.randn(7)                                                   # disturb the random state of this process
+    run_script(train, run_home, '--init_from=resume', f'--out_dir={out}')
+    same_run(run_home / 'whole', run_home / out)
+
+
+def test_best_is_the_best_validation(run_home, monkeypatch):
+    """ckpt.pt is the latest, best.pt the best, also of what stood before a resumption."""
+    real, seen = train.evaluate, []
+
+    def evaluate(*a):
+        seen.append(1)
+        sums, routing = real(*a)
+        return sums * torch.tensor([{2: 0.5, 4: 0.6}.get(len(seen), 1.0), 1, 1]), routing
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+
+    def steps():
+        return [load_checkpoint(run_home / f'best/{name}.pt')[1]['step'] for name in ('best', 'ckpt')]
+    run_script(train, run_home, *TINY, '--out_dir=best', '--max_iters=25')
+    assert steps() == [10, 25]
+    run_script(train, run_home, '--out_dir=best', '--init_from=resume', '--max_iters=30')
+    assert len(seen) == 5 and steps() == [10, 30]
+
+
+def test_two_runs_do_not_share_a_folder(run_home):
+    held = subprocess.Popen([sys.executable, '-c', 'import sys, train; lock = train.claim(sys.argv[1]); print(1, flush=True); '
+                             'sys.stdin.read()', str(run_home / 'whole')], cwd=HERE, stdin=-1, stdout=-1)
+    assert held.stdout.readline()
+    try:
+        with pytest.raises(UserError, match='another run'):
+            run_script(train, run_home, '--init_from=resume', '--out_dir=whole', '--max_iters=31')
+    finally:
+        held.communicate(b'')                                        # it ends, and so does its claim
+    train.claim(run_home / 'whole').close()
 
 
 def test_training_goes_on_from_a_dense_expert_and_can_upcycle_it(run_home):
     """A specialized model is trained on, as it is or as the seed of experts; other shapes are refused."""
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     fresh, dense = ckpt['rows'][0]['val_bpb'], model.specialize(torch.arange(9)[None])
-    save_checkpoint(run_home / 'expert.pt', dense, tokenizer=ckpt['tokenizer'])
+    save_checkpoint(run_home / 'expert.pt', dense.config, dense.state_dict(), tokenizer=ckpt['tokenizer'])
     flags = [f for f in TINY if not f.startswith(('--n_', '--block', '--segment', '--dense'))] + ['--init_from=expert.pt']
     for n_experts in (1, 4):
         out = f'onward{n_experts}'
@@ -1131,23 +1202,58 @@ def test_resume_refuses_what_cannot_change_and_other_data(run_home, tmp_path):
         run_script(train, tmp_path, '--init_from=resume', '--out_dir=whole', '--max_iters=40')
 
 
-def test_two_ranks_equal_one_step_by_step(run_home):
-    """Two gloo processes with accumulation, dense warm-up and upcycling, against one process."""
-    flags = [*TINY, '--max_iters=8', '--dense_warmup=.4', '--log_interval=1', '--eval_interval=4']
-    run_script(train, run_home, *flags, '--out_dir=ranks1')
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
-                           f'{HERE}/train.py', *flags, '--gradient_accumulation_steps=2', '--out_dir=ranks2'],
-                          cwd=run_home, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    one, two = (load_checkpoint(run_home / out / 'ckpt.pt') for out in ('ranks1', 'ranks2'))
-    assert one[0].config.n_experts == two[0].config.n_experts == 4
-    assert len(one[1]['rows']) == len(two[1]['rows']) == 11
-    for a, b in zip(one[1]['rows'], two[1]['rows']):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {'ms', 'tok_s'}:
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
-    for (name, p), q in zip(one[0].named_parameters(), two[0].parameters()):
+def torchrun(home, *flags):
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', *flags],
+                            cwd=home, stdout=-1, stderr=-1, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def near(a, b):
+    """Two runs to float32's tolerance: every figure of the log, every weight."""
+    (model, ckpt), (model2, ckpt2) = load_checkpoint(a / 'ckpt.pt'), load_checkpoint(b / 'ckpt.pt')
+    assert model.config == model2.config and len(ckpt['rows']) == len(ckpt2['rows'])
+    for row, row2 in zip(ckpt['rows'], ckpt2['rows']):
+        assert row.keys() == row2.keys()
+        for name in row.keys() - {'ms', 'tok_s'}:
+            assert row[name] == pytest.approx(row2[name], rel=1e-4), name
+    for (name, p), q in zip(model.named_parameters(), model2.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
+
+
+RANKS = [*TINY, '--max_iters=8', '--dense_warmup=.4', '--log_interval=1', '--eval_interval=4']
+
+
+@pytest.mark.parametrize('how', [['--gradient_accumulation_steps=2'], ['--shard=True']])
+def test_two_ranks_equal_one_step_by_step(run_home, how):
+    """Two gloo processes with dense warm-up and upcycling, DDP with accumulation or sharded, against one process; and
+    what either has saved is taken up by the other."""
+    one, two = f'one-{how[0][2:7]}', f'two-{how[0][2:7]}'
+    started = torchrun(run_home, f'{HERE}/train.py', *RANKS, *how, f'--out_dir={two}')
+    run_script(train, run_home, *RANKS, f'--out_dir={one}')
+    assert started.wait() == 0, started.stderr.read()
+    assert 'step      3 | the dense FFN becomes 4 experts' in started.stdout.read()
+    assert load_checkpoint(run_home / one / 'ckpt.pt')[0].config.n_experts == 4
+    near(run_home / one, run_home / two)
+    shutil.copytree(run_home / one, run_home / f'{one}-on-two')
+    longer = ['--init_from=resume', '--max_iters=12']
+    started = torchrun(run_home, f'{HERE}/train.py', *longer, *how, f'--out_dir={one}-on-two')
+    run_script(train, run_home, *longer, '--shard=False', '--gradient_accumulation_steps=1', f'--out_dir={two}')
+    assert started.wait() == 0, started.stderr.read()
+    run_script(train, run_home, *longer, f'--out_dir={one}')
+    near(run_home / one, run_home / two)
+    near(run_home / one, run_home / f'{one}-on-two')
+
+
+def test_a_rank_that_dies_ends_the_others(run_home):
+    started = torchrun(run_home, f'{HERE}/train.py', *TINY, '--max_iters=100000', '--eval_interval=50000', '--out_dir=dies')
+    while not started.stdout.readline().startswith('step      5'):   # it trains
+        assert started.poll() is None
+    children = (Path(f'/proc/{started.pid}/task/{started.pid}/children').read_text().split())
+    began = time.time()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, errors = started.communicate(timeout=60)
+    assert time.time() - began < 60 and started.returncode != 0
+    assert 'another process of this run has died' in errors
+    assert load_checkpoint(run_home / 'dies/ckpt.pt')[1]['step'] == 0
 
 
 @pytest.mark.parametrize('flags, word', [(['--segment_len=65'], 'segment_len'), (['--segment_len=0'], 'segment_len'),
@@ -1160,7 +1266,7 @@ def test_two_ranks_equal_one_step_by_step(run_home):
 def test_train_refuses_bad_values(run_home, flags, word):
     with pytest.raises(UserError, match=word):
         run_script(train, run_home, *TINY, '--out_dir=bad', *flags)
-    assert not list((run_home / 'bad').glob('*'))
+    assert not {f.name for f in (run_home / 'bad').glob('*')} - {'.lock'}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_home, monkeypatch):

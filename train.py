@@ -4,16 +4,20 @@ Train a Lory, or its dense baseline, from top to bottom of this file.
     python train.py                                    the built-in corpus, prepared if missing; ten minutes, two cores
     python train.py --n_experts=1 --out_dir=out-dense  the dense model of equal active size
     python train.py --init_from=resume                 go on where the last run stopped
-    torchrun --nproc_per_node=8 train.py               data parallel, CUDA or CPU
+    torchrun --nproc_per_node=8 train.py               data parallel, CUDA or CPU; --shard=True splits the model too
 
-Leaves in out_dir: ckpt.pt, log.csv, loss.png and experts.png (routing weights by layer and domain, Fig. 6).
+Leaves in out_dir: ckpt.pt (the latest), best.pt (the best validation), log.csv, loss.png and experts.png (routing
+weights by layer and domain, Fig. 6). Ctrl-C saves; a run killed at any moment goes on from its latest ckpt.pt and ends
+as if it had never stopped, bit for bit on a CPU.
 """
 import argparse
 import base64
 import csv
 import ctypes
+import itertools
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +27,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows
+    fcntl = None
 
 import prepare
 from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, load_checkpoint, \
@@ -33,6 +45,8 @@ from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, l
 # its 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
+# Dense bf16 FLOP/s of cards whose data sheets we know, for the share of it that a run reaches (mfu in the log).
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}
 PRESETS = {
     '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
     '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096),
@@ -69,6 +83,7 @@ def make_parser():
     flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model', type=boolean)
+    flag('shard', False, 'split parameters, gradients and optimiser state over the ranks (Sec. 4.1)', type=boolean)
     flag('seed', 1337, 'of the weights and of the order of the data')
     add_flags(parser, LoryConfig)
     return parser
@@ -149,10 +164,13 @@ def evaluate(model, windows, token_bytes, args, device, autocast):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     batch = max(1, args.batch_size // (world * args.gradient_accumulation_steps))
     for d, chosen in enumerate(windows):
-        for i in range(rank * batch, len(chosen), world * batch):
-            x, y = to_xy(chosen[i:i + batch], device)
+        for i in range(0, len(chosen), world * batch):
+            mine = chosen[i + rank * batch:][:batch]
+            x, y = to_xy(mine or chosen[:1], device)                 # one without windows runs along: shards need all
             with autocast:
                 logits, _, e = model(x, return_routing=True)
+            if not mine:
+                continue
             nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view(y.shape)
             size = token_bytes[y]                                    # (B, L); <|endoftext|> has no bytes: not counted
             terms = torch.stack([nats * (size > 0), (size > 0).float(), size.float()])   # (3, B, L)
@@ -219,6 +237,42 @@ def learning_rate(step, args):
     return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# One run among many processes: who may write to out_dir, and a model split over the ranks.
+
+def claim(out_dir):
+    """Keep out_dir for this process as long as it lives and the returned file is open. UserError if another has it."""
+    lock = open(f'{out_dir}/.lock', 'w')
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f'another run is at work in {out_dir}: wait for it, or choose another --out_dir.') from None
+    return lock
+
+
+def shard(model, optimizer, mesh):
+    """Split both over the ranks of `mesh`, in place (FSDP2: ZeRO, stage 3). Of every parameter, gradient and average a
+    rank keeps one part; a block's parameters are gathered while it runs. -> the optimiser of the parts"""
+    state = optimizer.state_dict()
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = model.optimizer(0.0, 0.0, (0.0, 0.0))                # the state below brings the true ones
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        for name, t in state['state'].get(i, {}).items():
+            if t.dim():                                              # averages; Adam's count of steps is a scalar
+                state['state'][i][name] = distribute_tensor(t, mesh, p.placements)
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+def whole(state):
+    """A state dict, or one tensor, with what `shard` split put together again on the CPU. All ranks must call it."""
+    if isinstance(state, dict):
+        return {name: whole(part) for name, part in state.items()}
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
 def main(argv=None):
     # --- settings ---
     parser = make_parser()
@@ -246,6 +300,8 @@ def main(argv=None):
             if name in {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed'} and getattr(args, name) != was:
                 raise UserError(f'the run in {args.out_dir} has {name}={was}, which cannot change: leave --{name} out, '
                                 'or start another run with another --out_dir.')
+        changed = [f'{name} {was} -> {getattr(args, name)}' for name, was in ckpt['args'].items()
+                   if name not in ('init_from', 'out_dir') and getattr(args, name) != was]
         if args.max_iters < ckpt['step']:
             raise UserError(f'the run in {args.out_dir} is at step {ckpt["step"]}: raise --max_iters above it.')
     for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
@@ -265,10 +321,14 @@ def main(argv=None):
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     device, dtype = pick_device(args)
+    if args.shard and (world == 1 or dtype == torch.float16):
+        raise UserError('shard=True splits a model over several ranks, not in float16: start it with torchrun, and with '
+                        '--dtype=bfloat16 or float32; or leave it out.')
     if world > 1:
         if 'cuda' in device:
             torch.cuda.set_device(device)
         dist.init_process_group('nccl' if 'cuda' in device else 'gloo')
+        mesh = init_device_mesh(device.split(':')[0], (world,))
     say = print if rank == 0 else lambda *a, **kw: None
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
@@ -280,6 +340,7 @@ def main(argv=None):
         os.makedirs(args.out_dir, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {args.out_dir!r} ({e.strerror}); choose another --out_dir.') from e
+    lock = claim(args.out_dir) if rank == 0 else None
     wanted = args.dataset == 'builtin' and args.init_from != 'resume' and not os.path.exists('data/builtin/meta.json')
     if wanted and rank == 0:
         prepare.main([])
@@ -297,16 +358,16 @@ def main(argv=None):
     config = replace(config, vocab_size=vocab_size)
     warm = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
     if args.init_from == 'resume':
-        model, ckpt = load_checkpoint(checkpoint, device)
+        model, ckpt = load_checkpoint(checkpoint)
         if ckpt['data'] != identity:
             raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
                             'before, or start another run with another --out_dir.')
         step, rows, since, lost, active = ckpt['step'], ckpt['rows'], *ckpt['since_line']
     else:
         if args.init_from == 'scratch':
-            model = Lory(replace(config, n_experts=1) if warm else config).to(device)
+            model = Lory(replace(config, n_experts=1) if warm else config)
         else:                                                        # a dense one may become experts, as in upcycling
-            model, ckpt = load_checkpoint(args.init_from, device)
+            model, ckpt = load_checkpoint(args.init_from)
             if ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
                 raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
                                 'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')
@@ -321,12 +382,22 @@ def main(argv=None):
             scaler.load_state_dict(ckpt['scaler'])
         torch.set_rng_state(ckpt['rng'])
 
-    def wrap(model):
-        """The model as the loop runs it; `model` itself stays bare, so checkpoints know nothing of wrappers."""
+    def distribute(model, optimizer):
+        """-> optimiser, and the model as the loop runs it. `model` stays bare: checkpoints know nothing of wrappers."""
+        split = args.shard and model.config.n_experts == config.n_experts   # a dense warm-up fits without
+        if split:
+            optimizer = shard(model, optimizer, mesh)                # block by block to the device: all may not fit there
+        else:
+            model.to(device)
+            optimizer.load_state_dict(optimizer.state_dict())        # its averages follow the parameters
         running = torch.compile(model) if args.compile else model
-        return DDP(running, device_ids=[device] if 'cuda' in device else None) if world > 1 else running
+        if world > 1 and not split:
+            running = DDP(running, device_ids=[device] if 'cuda' in device else None)
+        return optimizer, running
 
-    running = wrap(model)
+    optimizer, running = distribute(model, optimizer)
+    if args.init_from == 'resume':
+        say(f'resumed   {checkpoint} at step {step:,}' + ''.join(f'; {change}' for change in changed))
     tokens_per_step = args.batch_size * args.block_size
     say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(domains)} domains, '
         f'vocabulary {vocab_size:,}')
@@ -335,18 +406,44 @@ def main(argv=None):
     planned = args.max_iters * tokens_per_step
     say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
         f'{planned:,} tokens, {planned / len(data.train.tokens):.2g} epochs, on {world} x {device} in '
-        f'{str(dtype)[6:]}')
+        f'{str(dtype)[6:]}{", sharded" if args.shard else ""}')
     if step < warm and model.config.n_experts == 1:
         say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
     seconds, timed = 0.0, 0                                          # spent on that many steps since the last log line
     active = active.to(device)                                       # experts in use since then, as `lost` sums the loss
     counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
+    peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
+                 and card in torch.cuda.get_device_name(device)), None)
+    pieces = itertools.count(step * args.gradient_accumulation_steps)
+    batches = (get_batch(data.train.tokens, (i * world + rank) * share, share, args.block_size, args.seed, device)
+               for i in pieces)
+    x, y = next(batches)
+
+    def snapshot():
+        """What a checkpoint holds, gathered from all ranks. They draw alike, so one random state serves them all."""
+        if world > 1:
+            dist.all_reduce(active, dist.ReduceOp.MAX)
+        return dict(config=model.config, state=whole(model.state_dict()), optimizer=whole(optimizer.state_dict()),
+                    args=vars(args), step=step, rows=rows, since_line=(since, lost, active.cpu()),
+                    scaler=scaler.state_dict(), rng=torch.get_rng_state(), data=identity, tokenizer=data.tokenizer)
+
+    asked, stop = [], False                                          # Ctrl-C and SIGTERM stop the run at a step's end
+
+    def ask(number, frame):
+        say('\nstopping after this step ...', flush=True)
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
 
     while True:
         # --- dense warm-up ends (Sec. 4.1, G.3) ---
         if step >= warm and model.config.n_experts < config.n_experts:
+            if args.shard:                                           # all experts at once may fit on no device
+                model.cpu()
+                optimizer.load_state_dict(optimizer.state_dict())
             model, optimizer = upcycle(model, config.n_experts, optimizer)
-            running = wrap(model)
+            optimizer, running = distribute(model, optimizer)
             say(f'step {step:6d} | the dense FFN becomes {config.n_experts} experts: {model.num_params():,} parameters, '
                 f'{model.num_params(active=True):,} active')
 
@@ -367,13 +464,13 @@ def main(argv=None):
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
-            if rank == 0:
-                save_checkpoint(checkpoint, model, args=vars(args), step=step, rows=rows,
-                                since_line=(since, lost, active.cpu()),
-                                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=torch.get_rng_state(),
-                                data=identity, tokenizer=data.tokenizer)
+            state = snapshot()
+            if rank == 0:                                            # ckpt.pt comes last: killed before, all is made again
+                if row['val_bpb'] == min(r['val_bpb'] for r in rows if 'val_bpb' in r):
+                    save_checkpoint(f'{args.out_dir}/best.pt', **state)
                 write_log(f'{args.out_dir}/log.csv', rows)
                 plot(args.out_dir, rows, routing.numpy(), domains)
+                save_checkpoint(checkpoint, **state)
         if last:
             break
 
@@ -381,21 +478,24 @@ def main(argv=None):
         t0 = time.time()
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, args)
-        loss = 0.0
+        loss = torch.zeros(2, device=device)                         # beside it, whether this process was asked to stop
         for i in range(args.gradient_accumulation_steps):
-            first = step * args.batch_size + (i * world + rank) * share
-            x, y = get_batch(data.train.tokens, first, share, args.block_size, args.seed, device)
-            if world > 1:                                            # ranks exchange gradients once, at the last piece
+            if isinstance(running, DDP):                             # ranks exchange gradients once, at the last piece
                 running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
                 _, piece, e = running(x, y, return_routing=True)
+            x, y = next(batches)                                     # the next one travels while this one is computed
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
-            loss += piece.item() / args.gradient_accumulation_steps
+            loss[0] += piece.detach() / args.gradient_accumulation_steps
             # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1), all ones.
             if model.config.n_experts > 1:
                 active = active.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)).item()
+        loss[1] = len(asked)
+        if world > 1:                                                # so that all ranks report, fail and stop alike
+            dist.all_reduce(loss)
+        loss, stop = (loss / world).tolist()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise UserError(f'step {step}: loss {loss:.4f}, gradient norm {norm:.4f}; {checkpoint} was left as it was: '
                             'go on from it with --init_from=resume and a lower --learning_rate, or start anew with one.')
@@ -406,38 +506,53 @@ def main(argv=None):
 
         # --- report ---
         if step % args.log_interval == 0:
-            if world > 1:                                            # rank 0 speaks for all
-                total = torch.tensor(lost, device=device)
-                dist.all_reduce(total)
+            if world > 1:
                 dist.all_reduce(active, dist.ReduceOp.MAX)
-                lost = total.item() / world
             per_step, loss = seconds / timed, lost / (step - since)  # both are means since the last line
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
             in_use = f'experts in use {100 * active.mean():3.0f}% | ' if counted and model.config.n_experts > 1 else ''
+            if 'cuda' in device:
+                flops = tokens_per_step / per_step * model.flops_per_token(args.block_size) / world
+                in_use += f'mfu {f"{100 * flops / peak:.0f}%" if peak else "n/a"} | ' \
+                          f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
                 f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
                 f'{left // 60}:{left % 60:02d} left', flush=True)
             seconds, timed, since, lost, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
 
-    say(f'done: {args.out_dir}/ has ckpt.pt, log.csv, loss.png and experts.png; now try: python sample.py '
-        f'--out_dir={args.out_dir}')
+        if stop:
+            state = snapshot()
+            if rank == 0:
+                write_log(f'{args.out_dir}/log.csv', rows)
+                save_checkpoint(checkpoint, **state)
+            break
+
+    say(f'stopped at step {step}, saved; go on with: python train.py --init_from=resume --out_dir={args.out_dir}' if stop
+        else f'done: {args.out_dir}/ has ckpt.pt, best.pt, log.csv, loss.png and experts.png; now try: python sample.py '
+             f'--out_dir={args.out_dir}')
     if world > 1:
         dist.destroy_process_group()
+    return 130 if stop else 0
 
 
 if __name__ == '__main__':
+    speaker = os.environ.get('LOCAL_RANK', '0') == '0'               # one process of a machine reports what all run into
     try:
-        main()
+        sys.exit(main())
     except UserError as e:
-        print(f'train.py: {e}', file=sys.stderr)
+        if speaker:
+            print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        if 'memory' not in str(e):
+        cures = {'memory': 'out of memory: raise --gradient_accumulation_steps, or make the model smaller.',
+                 'peer': 'another process of this run has died; go on from the latest ckpt.pt with --init_from=resume.'}
+        cure = next((cure for word, cure in cures.items() if word in str(e)), None)
+        if cure is None:
             raise
-        print('train.py: out of memory: raise --gradient_accumulation_steps, or make the model smaller.', file=sys.stderr)
+        print(f'train.py: {cure}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('\ntrain.py: stopped; --init_from=resume goes on from the last validation.', file=sys.stderr)
+        print('\ntrain.py: stopped before the first step.', file=sys.stderr)
         sys.exit(130)

@@ -20,10 +20,9 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
 from lory import Lory, LoryConfig
-from train import PRESETS, keep_memory, pick_device
+from train import PEAK, PRESETS, keep_memory, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}              # dense bf16 FLOP/s, from the vendor's data sheets
 SIZES = {
     'default': (dict(), 4),                                          # (config, sequences a step)
     'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16),
