@@ -181,7 +181,9 @@ class LoryFFN(nn.Module):
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
         # Only the last segment can be short, and only when N > 1, where nothing reads its mean: padding is harmless.
-        x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
+        if N * T > L:
+            x = F.pad(x, (0, 0, 0, N * T - L))
+        x = x.view(B, N, T, D)
         e = self.route(x)                                            # (B, N, E)
         return self.run(x, e).view(B, N * T, D)[:, :L], e
 

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 try:
@@ -45,12 +45,13 @@ from lory import Lory, LoryConfig, UserError, add_flags, atomic_open, boolean, l
 # its 0.3B/8E and so on. ffn_hidden and untied embeddings are read off its parameter counts.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
-# Dense bf16 FLOP/s of cards whose data sheets we know, for the share of it that a run reaches (mfu in the log).
-PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}
 PRESETS = {
     '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
     '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096),
 }
+
+# Dense bf16 FLOP/s of cards whose data sheets we know, for the share of it that a run reaches (mfu in the log).
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}
 
 
 def make_parser():
@@ -255,8 +256,10 @@ def shard(model, optimizer, mesh):
     """Split both over the ranks of `mesh`, in place (FSDP2: ZeRO, stage 3). Of every parameter, gradient and average a
     rank keeps one part; a block's parameters are gathered while it runs. -> the optimiser of the parts"""
     state = optimizer.state_dict()
+    # Along the first dimension that the ranks divide; there may be fewer experts than ranks.
+    evenly = lambda p: Shard(next((d for d, n in enumerate(p.shape) if n % mesh.size() == 0), 0))
     for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, shard_placement_fn=evenly)
     optimizer = model.optimizer(0.0, 0.0, (0.0, 0.0))                # the state below brings the true ones
     for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
         for name, t in state['state'].get(i, {}).items():
