@@ -1243,6 +1243,30 @@ def test_two_ranks_equal_one_step_by_step(run_home, how):
     near(run_home / one, run_home / f'{one}-on-two')
 
 
+def test_expert_wise_parallelism_equals_the_single_process(tmp_path):
+    """Sec. 6, on two ranks with routing far from uniform: loss, and the gradient of every parameter."""
+    started = torchrun(tmp_path, f'{HERE}/experiments/expert_parallel.py', '--quick')
+    out, errors = started.communicate()
+    assert started.returncode == 0, errors
+    n_experts, params, on_a_rank, loss_off, gradients_off, *_ = out.splitlines()[-1].split()
+    assert float(loss_off) < 1e-6 and float(gradients_off) < 1e-5
+    assert int(on_a_rank.replace(',', '')) < 0.75 * int(params.replace(',', ''))
+
+
+def test_a_text_of_one_token_and_a_short_domain_train(tmp_path):
+    """Windows that hold one token alone, and a domain whose validation text is shorter than a window."""
+    rng = random.Random(0)
+    for name, n, tail in (('same', 12, 'a' * 20_000), ('short', 4, '')):
+        (tmp_path / 'own' / name).mkdir(parents=True)
+        for i in range(n):                                           # words of its own, or it would be a twin
+            words = ' '.join(''.join(rng.choices('bcdefghi', k=6)) for _ in range(20))
+            (tmp_path / 'own' / name / f'{i}.txt').write_text(words + tail)
+    run_script(prepare, tmp_path, '--input', 'own', '--tokenizer=byte', '--val_fraction=.2')
+    run_script(train, tmp_path, *TINY, '--out_dir=out', '--max_iters=10', '--block_size=256')
+    _, ckpt = load_checkpoint(tmp_path / 'out/ckpt.pt')
+    assert ckpt['rows'][-1]['bpb_same'] < ckpt['rows'][0]['bpb_same'] - 1 and math.isfinite(ckpt['rows'][-1]['bpb_short'])
+
+
 def test_a_rank_that_dies_ends_the_others(run_home):
     started = torchrun(run_home, f'{HERE}/train.py', *TINY, '--max_iters=100000', '--eval_interval=50000', '--out_dir=dies')
     while not started.stdout.readline().startswith('step      5'):   # it trains
@@ -1260,7 +1284,7 @@ def test_a_rank_that_dies_ends_the_others(run_home):
                                          (['--n_experts=0'], 'n_experts'), (['--block_size=9999999'], 'block_size'),
                                          (['--log_interval=0'], 'log_interval'), (['--seed=-1'], 'seed'),
                                          (['--learning_rate=nan'], 'learning_rate'), (['--beta1=1'], 'beta1'),
-                                         (['--device=gpu'], 'device'), (['--init_from=resum'], 'no checkpoint'),
+                                         (['--device=gpu'], 'device'), (['--shard=True'], 'torchrun'), (['--init_from=resum'], 'no checkpoint'),
                                          (['--batch_size=3', '--gradient_accumulation_steps=2'], 'batch_size'),
                                          (['--init_from=resume'], 'no checkpoint'), (['--dataset=none'], 'prepare.py')])
 def test_train_refuses_bad_values(run_home, flags, word):

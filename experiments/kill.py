@@ -27,13 +27,18 @@ import prepare
 from lory import atomic_open, load_checkpoint
 
 KILLS = 50
-FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=2000', '--eval_interval=40', '--eval_windows=8',
+FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=2000', '--eval_interval=50', '--eval_windows=8',
          '--log_interval=10', '--dense_warmup=.5', '--device=cpu']
 
 
 def start(*flags):
-    return subprocess.Popen([sys.executable, f'{ROOT}/train.py', *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
+    with open('output', 'w') as f:
+        return subprocess.Popen([sys.executable, f'{ROOT}/train.py', *flags], stdout=f, stderr=f)
+
+
+def output():
+    with open('output') as f:
+        return f.read()
 
 
 def state(out):
@@ -52,36 +57,34 @@ def state(out):
 def main():
     os.chdir(tempfile.mkdtemp())
     prepare.main(['--mb_per_domain=0.5'])
-    began = time.time()
-    assert start(*FLAGS, '--out_dir=whole').wait() == 0
-    alone = time.time() - began
+    if start(*FLAGS, '--out_dir=whole').wait():
+        sys.exit(output())
     random.seed(0)
-    where, kills, waiting = collections.Counter(), 0, 0.0
-    while True:
-        fresh = not os.path.exists('killed/ckpt.pt')
-        process = start('--out_dir=killed', *(FLAGS if fresh else ['--init_from=resume']))
-        if kills == KILLS:
-            break
-        # Now and then before its first step, else so that all kills together spread over the run.
-        time.sleep(random.uniform(0, 6) if kills % 5 == 0 else random.uniform(4, 4 + 3 * alone / KILLS))
+    where = collections.Counter()
+    for kill in range(KILLS):
+        begun = os.path.exists('killed/ckpt.pt')
+        process = start('--out_dir=killed', *(['--init_from=resume'] if begun else FLAGS))
+        if kill % 5 == 0:                                            # anywhere, most likely before the first step
+            time.sleep(random.uniform(0, 8))
+        else:                                                        # in steps, validations and writes
+            while '| loss' not in output() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 2))
         if process.poll() is not None:
-            raise SystemExit(f'the run ended before it was killed {KILLS} times:\n{process.stdout.read()}')
+            sys.exit(f'the run ended before it was killed {KILLS} times:\n{output()}')
         process.kill()
-        output = process.stdout.read()
         process.wait()
-        kills += 1
+        lines = [line for line in output().splitlines() if line.startswith('step')]
         half = [name for name in os.listdir('killed') if name.endswith('.tmp')] if os.path.isdir('killed') else []
-        for name in half:
-            where[f'while writing {name[:-4]}'] += 1
-        if not half:
-            lines = output.splitlines()
-            where['before the first step' if not any(line.startswith('step') for line in lines) else
-                  'after a log line' if 'loss' in lines[-1] else 'after a validation'] += 1
-        print(f'kill {kills}: step {"-" if fresh else load_checkpoint("killed/ckpt.pt")[1]["step"]}', flush=True)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+        moment = (f'while writing {half[0][:-4]}' if half else 'before the first line' if not lines else
+                  'after a validation' if 'validation' in lines[-1] else 'in steps')
+        where[moment] += 1
+        step = load_checkpoint('killed/ckpt.pt')[1]['step'] if os.path.exists('killed/ckpt.pt') else None
+        print(f'kill {kill + 1} {moment}: ckpt.pt is at step {step}', flush=True)
+    if start('--out_dir=killed', '--init_from=resume').wait():       # this one may finish
+        sys.exit(output())
     same = state('whole') == state('killed')
-    result = dict(kills=kills, where=dict(where), flags=FLAGS, torch=torch.__version__, same_bit_for_bit=same)
+    result = dict(kills=KILLS, where=dict(where), flags=FLAGS, torch=torch.__version__, same_bit_for_bit=same)
     print(result)
     with atomic_open(f'{HERE}/kill.json', 'w') as f:
         json.dump(result, f, indent=1)

@@ -1,0 +1,131 @@
+"""
+The paper's claims in miniature: the runs behind the README's tables, three seeds each, and the tables.
+
+    python experiments/claims.py                        train what is missing, two runs at a time on one thread each; report
+    python experiments/claims.py --train e8 dense       train these groups only
+    python experiments/claims.py --train                train nothing, report
+
+A run is the default of train.py with its group's flags, so each line below is also the command that makes it: a quarter of
+an hour of one core, in runs/<group>-<seed>. One that was stopped goes on where it was; one whose rows stand in
+experiments/runs.csv is not made again. Everything is measured with first_segment=prior, strictly causal at every position,
+but where a group says otherwise. Draws assets/claims.png.
+"""
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+import prepare
+from lory import UserError, atomic_open
+
+SEEDS = (1337, 1, 2)
+GROUPS = {                                                           # in the order in which they are made
+    'dense': '--n_experts=1',
+    'e8': '--n_experts=8 --segment_len=64',
+    'e32': '--n_experts=32 --segment_len=64',
+    'dense shuffled': '--n_experts=1 --dataset=shuffled',
+    'e8 shuffled': '--n_experts=8 --segment_len=64 --dataset=shuffled',
+    'e2': '--n_experts=2 --segment_len=64',
+    'e8 prefix': '--n_experts=8 --segment_len=64 --routing=prefix',
+    'e8 expert choice': '--n_experts=8 --routing=expert_choice',
+    'e8 no warm-up': '--n_experts=8 --segment_len=64 --dense_warmup=0',
+    'e8 T128': '--n_experts=8 --segment_len=128',
+    'e8 T256': '--n_experts=8 --segment_len=256',
+    'e8 T512': '--n_experts=8 --segment_len=512',
+    'e8 self': '--n_experts=8 --segment_len=64 --first_segment=self',
+}
+TABLES = {                                                           # title -> (baseline, groups compared with it)
+    'Dense against 2, 8 and 32 experts': ('dense', ['e2', 'e8', 'e32']),
+    'The same in shuffled order': ('dense shuffled', ['e8 shuffled']),
+    'Routing, warm-up': ('dense', ['e8', 'e8 prefix', 'e8 expert choice', 'e8 no warm-up', 'e8 self']),
+    'Segment length': ('dense', ['e8', 'e8 T128', 'e8 T256', 'e8 T512']),
+}
+TABLE = f'{HERE}/runs.csv'
+
+
+def train(group, seed):
+    """Make one run, or go on with it. -> a row for each of its validations"""
+    out = f'runs/{group.replace(" ", "-")}-{seed}'
+    flags = ['--init_from=resume'] if os.path.exists(f'{out}/ckpt.pt') else \
+        [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
+    with open(f'{out}.log', 'a') as output:
+        code = subprocess.run([sys.executable, f'{ROOT}/train.py', f'--out_dir={out}', *flags], stdout=output, stderr=output,
+                              env=os.environ | {'OMP_NUM_THREADS': '1'}).returncode
+    if code:
+        raise UserError(f'{out} ended with exit code {code}: see {out}.log.')
+    with open(f'{out}/log.csv', newline='') as f:
+        return [dict(group=group, seed=seed) | {k: v for k, v in row.items() if k.startswith(('step', 'val', 'bpb', 'ppl'))}
+                for row in csv.DictReader(f) if row['val_bpb']]
+
+
+def rows_of(group, rows, step=None):
+    """The last validation of each seed, or the one at `step`, in the order of SEEDS."""
+    found = [[r for r in rows if r['group'] == group and int(r['seed']) == seed and step in (None, int(r['step']))]
+             for seed in SEEDS]
+    return [max(f, key=lambda r: int(r['step'])) for f in found if f]
+
+
+def changes(name, runs, bases):
+    """Change of a measure in percent, seed by seed."""
+    return [100 * (float(run[name]) / float(base[name]) - 1) for run, base in zip(runs, bases)]
+
+
+def show(values, form):
+    return f'{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})'
+
+
+def report(rows):
+    """The tables, in Markdown; only what all seeds have finished."""
+    domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
+    for title, (base, groups) in TABLES.items():
+        bases = rows_of(base, rows)
+        if len(bases) < len(SEEDS):
+            continue
+        print(f'\n{title}: perplexity over all positions, mean (lowest to highest of {len(SEEDS)} seeds), and the change '
+              f'against {base}, seed by seed\n')
+        print('| | ' + ' | '.join(domains) + ' | bits per byte |\n|' + '---|' * (len(domains) + 2))
+        print(f'| {base} | ' + ' | '.join(show([float(r[f'ppl_{d}']) for r in bases], '.2f') for d in domains)
+              + ' | ' + show([float(r['val_bpb']) for r in bases], '.3f') + ' |')
+        for group in groups:
+            runs = rows_of(group, rows)
+            if len(runs) < len(SEEDS):
+                continue
+            print(f'| {group} | ' + ' | '.join(show(changes(f'ppl_{d}', runs, bases), '+.1f') + '%' for d in domains)
+                  + ' | ' + show([float(r['val_bpb']) for r in runs], '.3f') + ' |')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP', help=', '.join(GROUPS))
+    parser.add_argument('--workers', type=int, default=2, help='runs at a time, one thread each')
+    args = parser.parse_args()
+    rows = []
+    if os.path.exists(TABLE):
+        with open(TABLE, newline='') as f:
+            rows = list(csv.DictReader(f))
+    have = {(r['group'], int(r['seed'])) for r in rows}
+    missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS if (group, seed) not in have]
+    if missing:
+        os.makedirs('runs', exist_ok=True)
+        for dataset, order in (('builtin', 'similar'), ('shuffled', 'random')):
+            if not os.path.exists(f'data/{dataset}/meta.json'):
+                prepare.main([f'--dataset={dataset}', f'--order={order}'])
+    with ThreadPoolExecutor(args.workers) as pool:
+        for done in as_completed([pool.submit(train, *run) for run in missing]):
+            rows += done.result()
+            rows.sort(key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
+            with atomic_open(TABLE, 'w', newline='') as f:
+                writer = csv.DictWriter(f, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+    report(rows)
+
+
+if __name__ == '__main__':
+    main()

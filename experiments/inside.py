@@ -1,0 +1,128 @@
+"""
+Inside trained Lorys: what the experts specialise in, how evenly they are used, and what segment 1 sees ahead.
+
+    python experiments/inside.py                        the runs of claims.py: e8, e32, e8 self, all seeds
+    python experiments/inside.py --draw                 the picture alone, from experiments/inside.json
+
+For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the weights alone tell the
+domain of an unseen document; what each domain loses when one expert is taken away; the entropy of the weights and the
+experts in use within 10 training steps (App. G.1); and the loss in segment 1 by position, as reported and honest, each
+prefix on its own. Writes experiments/inside.json and assets/inside.png.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, ROOT)
+import prepare
+from lory import LoryFFN, atomic_open, load_checkpoint
+from train import get_batch, to_xy, validation_windows
+
+GROUPS, SEEDS = ('e8', 'e32', 'e8-self'), (1337, 1, 2)
+
+
+@torch.no_grad()
+def nats(model, x, y):
+    """(B, L) tokens -> loss of each, (B, L), and routing weights (B, n_layer, N, E)."""
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        logits, _, e = model(x, return_routing=True)
+    return F.cross_entropy(logits.float().transpose(1, 2), y, reduction='none'), e
+
+
+def batches(windows, size=16):
+    for i in range(0, len(windows), size):
+        yield to_xy(windows[i:i + size], 'cpu')
+
+
+def perplexity(model, windows):
+    losses = [nats(model, x, y)[0].flatten() for x, y in batches(windows)]
+    return torch.cat(losses).mean().exp().item()
+
+
+def by_domain(model, windows):
+    """Mean routing weights of the segments after the first, (n_domains, n_layer, E)."""
+    return torch.stack([torch.cat([nats(model, x, y)[1][:, :, 1:].mean(2) for x, y in batches(w)]).mean(0) for w in windows])
+
+
+def document_weights(model, split, limit, seed=0):
+    """The routing weights that each of up to `limit` documents of at least a segment gets on its own, all layers side by
+    side, (n_docs, n_layer * E), and their domains."""
+    T, rows, domains = model.config.segment_len, [], []
+    for d in np.random.default_rng(seed).permutation(len(split.domain)):
+        tokens = split.tokens[split.start[d]:split.start[d + 1]][:model.config.block_size]
+        if len(tokens) <= T:
+            continue
+        x = torch.from_numpy(tokens.astype(np.int64))[None]
+        rows.append(nats(model, x, x)[1][0, :, 1:].mean(1).flatten().numpy())
+        domains.append(split.domain[d])
+        if len(rows) == limit:
+            break
+    return np.stack(rows), np.array(domains)
+
+
+def domain_accuracy(model, data):
+    """Logistic regression from routing weights to domain: fitted on training documents, scored on held-out ones.
+    -> accuracy, mean over domains (chance is one in n_domains)"""
+    x, y = document_weights(model, data.train, 2500)
+    x_val, y_val = document_weights(model, data.val, 1000)
+    guess = LogisticRegression(max_iter=2000, class_weight='balanced').fit(x, y).predict(x_val)
+    return float(np.mean([(guess[y_val == d] == d).mean() for d in np.unique(y_val)]))
+
+
+def without_expert(model, windows):
+    """Change of each domain's perplexity in percent when one expert's weight is set to zero and the others scaled up to
+    sum to one, layer by layer and expert by expert. (n_layer, E, n_domains)"""
+    base = [perplexity(model, w) for w in windows]
+    rows = []
+    for block in model.blocks:
+        for i in range(model.config.n_experts):
+            whole = block.ffn.route
+
+            def route(x):
+                e = whole(x).clone()
+                e[..., i] = 0
+                return e / e.sum(-1, keepdim=True)
+            block.ffn.route = route
+            rows.append([100 * (perplexity(model, w) / b - 1) for w, b in zip(windows, base)])
+            del block.ffn.route                                      # the method of the class again
+    return np.array(rows).reshape(len(model.blocks), -1, len(windows)).tolist()
+
+
+def use(model, data):
+    """-> mean entropy of the weights and entropy of the mean weights, both as a share of log E (uniform is 1, 1; collapse
+    0, 0; specialisation low, high), and the share of (layer, expert) pairs above 2/E within 10 training steps."""
+    config, mean, every, seen = model.config, 0, [], False
+    for step in range(10):
+        x, y = get_batch(data.train.tokens, 4 * step, 4, config.block_size, 0, 'cpu')
+        e = nats(model, x, y)[1][:, :, 1:].double()                  # (B, n_layer, N - 1, E)
+        every.append(-(e * e.clamp(min=1e-30).log()).sum(-1).mean().item())
+        mean = mean + e.mean((0, 2)) / 10
+        seen = seen | (e > 2 / config.n_experts).any(2).any(0)
+    flat = -(mean * mean.log()).sum(-1).mean().item()
+    return dict(entropy=float(np.mean(every)) / math.log(config.n_experts), entropy_of_mean=flat / math.log(config.n_experts),
+                in_use=seen.double().mean().item())
+
+
+def segment_one(model, windows):
+    """Mean loss at each position of segment 1, (T,) each: as the full pass reports it; honest, every prefix run on its
+    own; and with the first segment's weights taken from another sequence."""
+    T = model.config.segment_len
+    x, y = to_xy([w[:T + 1] for w in windows if len(w) > T], 'cpu')
+    long, _ = to_xy([w for w in windows if len(w) == model.config.block_size + 1], 'cpu')
+    x, y = x[:len(long)], y[:len(long)]
+    reported = nats(model, x, y)[0].mean(0)
+    honest = torch.stack([nats(model, x[:, :t + 1], y[:, :t + 1])[0][:, -1].mean() for t in range(T)])
+    ours = LoryFFN.route
+    LoryFFN.route = lambda self, h: torch.cat([ours(self, h)[:, :1].roll(1, 0), ours(self, h)[:, 1:]], 1)
+    other = nats(model, x, y)[0].mean(0)
+    LoryFFN.route = ours
+    return {name: v.tolist() for name, v in (('reported', reported), ('honest', honest), ('other', other))}
