@@ -39,12 +39,26 @@ GROUPS = {                                                           # in the or
     'e8 T256': '--n_experts=8 --segment_len=256',
     'e8 T512': '--n_experts=8 --segment_len=512',
     'e8 self': '--n_experts=8 --segment_len=64 --first_segment=self',
+    # Other sizes, for half as long: where does the gain begin?
+    'dense half': '--n_experts=1 --max_iters=3000',
+    'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
+    'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
+    'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
+    'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
+    'dense half H 512': '--n_experts=1 --ffn_hidden=512 --max_iters=3000',
+    'e8 half H 512': '--n_experts=8 --segment_len=64 --ffn_hidden=512 --max_iters=3000',
+    'dense half 4 layers': '--n_experts=1 --n_layer=4 --max_iters=3000',
+    'e8 half 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4 --max_iters=3000',
 }
 TABLES = {                                                           # title -> (baseline, groups compared with it)
     'Dense against 2, 8 and 32 experts': ('dense', ['e2', 'e8', 'e32']),
     'The same in shuffled order': ('dense shuffled', ['e8 shuffled']),
     'Routing, warm-up': ('dense', ['e8', 'e8 prefix', 'e8 expert choice', 'e8 no warm-up', 'e8 self']),
     'Segment length': ('dense', ['e8', 'e8 T128', 'e8 T256', 'e8 T512']),
+    'Half as long': ('dense half', ['e8 half', 'e8 half T32']),
+    'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
+    'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
+    'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
 }
 TABLE = f'{HERE}/runs.csv'
 
@@ -64,40 +78,33 @@ def train(group, seed):
                 for row in csv.DictReader(f) if row['val_bpb']]
 
 
-def rows_of(group, rows, step=None):
-    """The last validation of each seed, or the one at `step`, in the order of SEEDS."""
-    found = [[r for r in rows if r['group'] == group and int(r['seed']) == seed and step in (None, int(r['step']))]
-             for seed in SEEDS]
-    return [max(f, key=lambda r: int(r['step'])) for f in found if f]
-
-
-def changes(name, runs, bases):
-    """Change of a measure in percent, seed by seed."""
-    return [100 * (float(run[name]) / float(base[name]) - 1) for run, base in zip(runs, bases)]
+def last(group, rows):
+    """seed -> the last validation of that run"""
+    return {int(r['seed']): r for r in rows if r['group'] == group}  # rows stand in the order of their steps
 
 
 def show(values, form):
-    return f'{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})'
+    return f'{statistics.mean(values):{form}}' + (f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else '')
 
 
 def report(rows):
-    """The tables, in Markdown; only what all seeds have finished."""
+    """The tables, in Markdown: mean (lowest to highest of the seeds), and the change against the baseline, seed by seed."""
     domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
     for title, (base, groups) in TABLES.items():
-        bases = rows_of(base, rows)
-        if len(bases) < len(SEEDS):
+        bases = last(base, rows)
+        if not bases:
             continue
-        print(f'\n{title}: perplexity over all positions, mean (lowest to highest of {len(SEEDS)} seeds), and the change '
-              f'against {base}, seed by seed\n')
-        print('| | ' + ' | '.join(domains) + ' | bits per byte |\n|' + '---|' * (len(domains) + 2))
-        print(f'| {base} | ' + ' | '.join(show([float(r[f'ppl_{d}']) for r in bases], '.2f') for d in domains)
-              + ' | ' + show([float(r['val_bpb']) for r in bases], '.3f') + ' |')
+        print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte |\n|' + '---|' * (len(domains) + 2))
+        print(f'| {base}, perplexity | ' + ' | '.join(show([float(r[f'ppl_{d}']) for r in bases.values()], '.2f') for d in domains)
+              + f' | {show([float(r["val_bpb"]) for r in bases.values()], ".3f")} |')
         for group in groups:
-            runs = rows_of(group, rows)
-            if len(runs) < len(SEEDS):
-                continue
-            print(f'| {group} | ' + ' | '.join(show(changes(f'ppl_{d}', runs, bases), '+.1f') + '%' for d in domains)
-                  + ' | ' + show([float(r['val_bpb']) for r in runs], '.3f') + ' |')
+            runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
+            if runs:
+                change = [[100 * (float(r[f'ppl_{d}']) / float(bases[seed][f'ppl_{d}']) - 1) for seed, r in runs.items()]
+                          for d in domains]
+                note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
+                print(f'| {group}{note} | ' + ' | '.join(f'{show(c, "+.1f")}%' for c in change)
+                      + f' | {show([float(r["val_bpb"]) for r in runs.values()], ".3f")} |')
 
 
 def main():

@@ -126,3 +126,69 @@ def segment_one(model, windows):
     other = nats(model, x, y)[0].mean(0)
     LoryFFN.route = ours
     return {name: v.tolist() for name, v in (('reported', reported), ('honest', honest), ('other', other))}
+
+
+def measure(out):
+    model, ckpt = load_checkpoint(f'{out}/ckpt.pt')
+    data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', model.config.block_size)
+    windows = validation_windows(data.val, len(data.meta['domains']), model.config.block_size, 48)
+    model.eval()
+    result = dict(run=os.path.basename(out), domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
+                  domain_accuracy=domain_accuracy(model, data), **use(model, data),
+                  segment_one=segment_one(model, [w for domain in windows for w in domain]))
+    if model.config.n_experts <= 8:
+        result['without_expert'] = without_expert(model, windows)
+    return result
+
+
+def draw(results):
+    """assets/inside.png: routing by domain, what a domain loses without an expert, and segment 1 by position."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    first = next(r for r in results if 'without_expert' in r)
+    domains, layers = first['domains'], len(first['without_expert'])
+    fig, ax = plt.subplots(2, layers + 1, figsize=(4 * layers + 4, 5.2), layout='constrained', squeeze=False)
+    routing, loss = np.array(first['routing']), np.array(first['without_expert'])     # (domains, layers, E), (layers, E, domains)
+    for layer in range(layers):
+        for a, image, top, title in ((ax[0, layer], routing[:, layer], routing.max(), 'mean routing weight'),
+                                     (ax[1, layer], loss[layer].T, loss.max(), 'perplexity without it, %')):
+            shown = a.imshow(image, vmin=0, vmax=top, aspect='auto')
+            a.set(title=f'layer {layer + 1}: {title}', xlabel='expert', xticks=range(image.shape[1]),
+                  xticklabels=range(1, image.shape[1] + 1), yticks=range(len(domains)), yticklabels=domains)
+            fig.colorbar(shown, ax=a)
+    for a, kind in zip(ax[:, -1], ('prior', 'self')):
+        runs = [r['segment_one'] for r in results if ('self' in r['run']) == (kind == 'self') and '32' not in r['run']]
+        for name, style in (('reported', '-'), ('honest', '--'), ('other', ':')):
+            if runs:
+                curve = np.mean([r[name] for r in runs], 0)
+                a.plot(np.arange(8, len(curve), 8), [curve[i - 8:i].mean() for i in range(8, len(curve), 8)], style,
+                       marker='.', label={'other': "another sequence's weights"}.get(name, name))
+        a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token')
+        a.legend(fontsize=8)
+    with atomic_open(f'{ROOT}/assets/inside.png') as f:
+        fig.savefig(f, format='png', dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--draw', action='store_true')
+    args = parser.parse_args()
+    path = f'{HERE}/inside.json'
+    if not args.draw:
+        runs = [f'runs/{group}-{seed}' for group in GROUPS for seed in SEEDS if os.path.exists(f'runs/{group}-{seed}/ckpt.pt')]
+        results = [measure(run) for run in runs]
+        with atomic_open(path, 'w') as f:
+            json.dump(results, f, indent=1)
+    with open(path) as f:
+        results = json.load(f)
+    for r in results:
+        s = {name: np.mean(curve) for name, curve in r['segment_one'].items()}
+        print(f'{r["run"]:14} domain told {r["domain_accuracy"]:.2f} | entropy {r["entropy"]:.2f}, of the mean '
+              f'{r["entropy_of_mean"]:.2f} | in use {r["in_use"]:.2f} | segment 1 reported {s["reported"]:.3f}, honest '
+              f'{s["honest"]:.3f}, another\'s {s["other"]:.3f}')
+    draw(results)
+
+
+if __name__ == '__main__':
+    main()

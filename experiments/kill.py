@@ -27,8 +27,8 @@ import prepare
 from lory import atomic_open, load_checkpoint
 
 KILLS = 50
-FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=2000', '--eval_interval=50', '--eval_windows=8',
-         '--log_interval=10', '--dense_warmup=.5', '--device=cpu']
+FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=800', '--eval_interval=20', '--eval_windows=2',
+         '--log_interval=5', '--dense_warmup=.5', '--device=cpu']
 
 
 def start(*flags):
@@ -69,7 +69,7 @@ def main():
         else:                                                        # in steps, validations and writes
             while '| loss' not in output() and process.poll() is None:
                 time.sleep(0.01)
-            time.sleep(random.uniform(0, 2))
+            time.sleep(random.uniform(0, 3))
         if process.poll() is not None:
             sys.exit(f'the run ended before it was killed {KILLS} times:\n{output()}')
         process.kill()
