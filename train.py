@@ -76,7 +76,7 @@ def make_parser():
     flag('weight_decay', 0.1, "AdamW's, on matrices")
     flag('beta1', 0.9, "AdamW's")
     flag('beta2', 0.95, "AdamW's")
-    flag('grad_clip', 1.0, 'gradient norm above which the gradient is scaled down')
+    flag('grad_clip', 1.0, 'gradient norm above which the gradient is scaled down; 0: never')
     flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt')
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced, the same ones every time; 0: all')
     flag('log_interval', 50, 'updates between log lines, over which experts in use are counted')
@@ -92,9 +92,10 @@ def make_parser():
 
 def pick_device(args):
     """-> device, autocast dtype."""
-    device = usable_device(args.device)
-    if device == 'cuda' and 'LOCAL_RANK' in os.environ:
-        device = usable_device(f'cuda:{os.environ["LOCAL_RANK"]}')
+    device = args.device
+    if 'LOCAL_RANK' in os.environ and (device == 'cuda' or device == 'auto' and torch.cuda.is_available()):
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    device = usable_device(device)
     dtype = args.dtype
     if dtype == 'auto':
         cpu = getattr(torch.cpu, 'get_capabilities', dict)()
@@ -243,37 +244,47 @@ def learning_rate(step, args):
 
 def claim(out_dir):
     """Keep out_dir for this process as long as it lives and the returned file is open. UserError if another has it."""
-    lock = open(f'{out_dir}/.lock', 'w')
     try:
+        lock = open(f'{out_dir}/.lock', 'w')
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(f'another run is at work in {out_dir}: wait for it, or choose another --out_dir.') from None
+    except OSError as e:
+        raise UserError(f'cannot write to {out_dir} ({e.strerror}); choose another --out_dir.') from e
     return lock
 
 
-def shard(model, optimizer, mesh):
-    """Split both over the ranks of `mesh`, in place (FSDP2: ZeRO, stage 3). Of every parameter, gradient and average a
-    rank keeps one part; a block's parameters are gathered while it runs. -> the optimiser of the parts"""
+def shard(model, optimizer):
+    """Split both over the ranks, in place (FSDP2: ZeRO, stage 3). Of every parameter, gradient and average a rank keeps
+    one part; a block's parameters are gathered while it runs. -> the optimiser of the parts"""
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     state = optimizer.state_dict()
+    optimizer.param_groups.clear()                                   # it would keep the whole parameters in memory
+    optimizer.state.clear()
     # Along the first dimension that the ranks divide; there may be fewer experts than ranks.
     evenly = lambda p: Shard(next((d for d, n in enumerate(p.shape) if n % mesh.size() == 0), 0))
-    for part in (*model.blocks, model):
+    for part in (*model.blocks, model):                              # one by one to the device: all may not fit there
         fully_shard(part, mesh=mesh, shard_placement_fn=evenly)
     optimizer = model.optimizer(0.0, 0.0, (0.0, 0.0))                # the state below brings the true ones
     for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
         for name, t in state['state'].get(i, {}).items():
             if t.dim():                                              # averages; Adam's count of steps is a scalar
-                state['state'][i][name] = distribute_tensor(t, mesh, p.placements)
+                state['state'][i][name] = distribute_tensor(t, mesh, p.placements, src_data_rank=None)
     optimizer.load_state_dict(state)
     return optimizer
 
 
-def whole(state):
-    """A state dict, or one tensor, with what `shard` split put together again on the CPU. All ranks must call it."""
+def gather(state):
+    """A state dict with every tensor that `shard` split put together again. All ranks must call it; rank 0 gets it, on the
+    CPU, the others a dict without them."""
     if isinstance(state, dict):
-        return {name: whole(part) for name, part in state.items()}
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+        return {name: gather(part) for name, part in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    state = state.full_tensor()
+    return state.cpu() if dist.get_rank() == 0 else None
 
 
 def main(argv=None):
@@ -288,14 +299,14 @@ def main(argv=None):
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from == 'resume':
         # The run's own settings become the defaults, so that only what is to change need be said again.
-        _, ckpt = load_checkpoint(checkpoint)
+        model, ckpt = load_checkpoint(checkpoint)
         if 'optimizer' not in ckpt:                                  # as sample.py --save_dense writes it
             raise UserError(f'{checkpoint} is a model without a run: start from it with --init_from={checkpoint}.')
         parser.set_defaults(**ckpt['args'] | dict(out_dir=args.out_dir))
     elif os.path.exists(checkpoint):
         raise UserError(f'{args.out_dir} holds a run: go on with --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
-        _, ckpt = load_checkpoint(args.init_from)
+        model, ckpt = load_checkpoint(args.init_from)
         parser.set_defaults(**{name: value for name, value in ckpt['config'].items() if name != 'vocab_size'})
     args = parser.parse_args(argv)
     if args.init_from == 'resume':
@@ -324,14 +335,13 @@ def main(argv=None):
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     device, dtype = pick_device(args)
-    if args.shard and (world == 1 or dtype == torch.float16):
-        raise UserError('shard=True splits a model over several ranks, not in float16: start it with torchrun, and with '
-                        '--dtype=bfloat16 or float32; or leave it out.')
+    if args.shard and (world == 1 or dtype == torch.float16 or args.compile):
+        raise UserError('shard=True splits a model over several ranks, not compiled, not in float16: start it with torchrun, '
+                        '--compile=False and --dtype=bfloat16 or float32; or say --shard=False.')
+    if 'cuda:' in device:
+        torch.cuda.set_device(device)
     if world > 1:
-        if 'cuda' in device:
-            torch.cuda.set_device(device)
         dist.init_process_group('nccl' if 'cuda' in device else 'gloo')
-        mesh = init_device_mesh(device.split(':')[0], (world,))
     say = print if rank == 0 else lambda *a, **kw: None
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
@@ -359,22 +369,20 @@ def main(argv=None):
     # --- model and optimiser ---
     torch.manual_seed(args.seed)
     config = replace(config, vocab_size=vocab_size)
-    warm = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
+    dense_steps = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
     if args.init_from == 'resume':
-        model, ckpt = load_checkpoint(checkpoint)
         if ckpt['data'] != identity:
             raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
                             'before, or start another run with another --out_dir.')
-        step, rows, since, lost, active = ckpt['step'], ckpt['rows'], *ckpt['since_line']
+        step, rows, since, loss_sum, active = ckpt['step'], ckpt['rows'], *ckpt['since_line']
     else:
         if args.init_from == 'scratch':
-            model = Lory(replace(config, n_experts=1) if warm else config)
-        else:                                                        # a dense one may become experts, as in upcycling
-            model, ckpt = load_checkpoint(args.init_from)
-            if ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
-                raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
-                                'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')
-        step, rows, since, lost, active = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
+            model = Lory(replace(config, n_experts=1) if dense_steps else config)
+        elif ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
+            # A dense one may become experts, as in upcycling.
+            raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
+                            'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')
+        step, rows, since, loss_sum, active = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
         optimizer.load_state_dict(ckpt['optimizer'])
@@ -384,18 +392,20 @@ def main(argv=None):
         if scaler.is_enabled() and ckpt['scaler']:
             scaler.load_state_dict(ckpt['scaler'])
         torch.set_rng_state(ckpt['rng'])
+    ckpt = None                                                      # all its weights and averages would stay in memory
 
     def distribute(model, optimizer):
-        """-> optimiser, and the model as the loop runs it. `model` stays bare: checkpoints know nothing of wrappers."""
+        """-> optimiser, and the model as the loop runs it. `model` keeps its parameters' names: checkpoints know no
+        wrappers."""
         split = args.shard and model.config.n_experts == config.n_experts   # a dense warm-up fits without
         if split:
-            optimizer = shard(model, optimizer, mesh)                # block by block to the device: all may not fit there
+            optimizer = shard(model, optimizer)
         else:
             model.to(device)
             optimizer.load_state_dict(optimizer.state_dict())        # its averages follow the parameters
         running = torch.compile(model) if args.compile else model
         if world > 1 and not split:
-            running = DDP(running, device_ids=[device] if 'cuda' in device else None)
+            running = DDP(running, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
         return optimizer, running
 
     optimizer, running = distribute(model, optimizer)
@@ -410,10 +420,10 @@ def main(argv=None):
     say(f'training  {args.max_iters:,} steps x {args.batch_size} sequences x {args.block_size} tokens = '
         f'{planned:,} tokens, {planned / len(data.train.tokens):.2g} epochs, on {world} x {device} in '
         f'{str(dtype)[6:]}{", sharded" if args.shard else ""}')
-    if step < warm and model.config.n_experts == 1:
-        say(f'          the first {warm} steps dense: {model.num_params():,} parameters')
+    if step < dense_steps and model.config.n_experts == 1:
+        say(f'          the first {dense_steps} steps dense: {model.num_params():,} parameters')
     seconds, timed = 0.0, 0                                          # spent on that many steps since the last log line
-    active = active.to(device)                                       # experts in use since then, as `lost` sums the loss
+    active = active.to(device)                                       # experts in use since then, as `loss_sum` sums the loss
     counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
@@ -422,26 +432,31 @@ def main(argv=None):
                for i in pieces)
     x, y = next(batches)
 
-    def snapshot():
-        """What a checkpoint holds, gathered from all ranks. They draw alike, so one random state serves them all."""
+    def save(best=False, routing=None):
+        """Leave the run's state in out_dir. All ranks gather it, and wait until rank 0 has written it."""
         if world > 1:
             dist.all_reduce(active, dist.ReduceOp.MAX)
-        return dict(config=model.config, state=whole(model.state_dict()), optimizer=whole(optimizer.state_dict()),
-                    args=vars(args), step=step, rows=rows, since_line=(since, lost, active.cpu()),
-                    scaler=scaler.state_dict(), rng=torch.get_rng_state(), data=identity, tokenizer=data.tokenizer)
+        # The ranks draw alike, so one random state serves them all.
+        state = dict(config=model.config, state=gather(model.state_dict()), optimizer=gather(optimizer.state_dict()),
+                     args=vars(args), step=step, rows=rows, since_line=(since, loss_sum, active.cpu()),
+                     scaler=scaler.state_dict(), rng=torch.get_rng_state(), data=identity, tokenizer=data.tokenizer)
+        if rank == 0:                                                # ckpt.pt comes last: killed before, all is made again
+            if best:
+                save_checkpoint(f'{args.out_dir}/best.pt', **state)
+            write_log(f'{args.out_dir}/log.csv', rows)
+            if routing is not None:
+                plot(args.out_dir, rows, routing.numpy(), domains)
+            save_checkpoint(checkpoint, **state)
+        if world > 1:
+            dist.barrier()
 
     asked, stop = [], False                                          # Ctrl-C and SIGTERM stop the run at a step's end
-
-    def ask(number, frame):
-        say('\nstopping after this step ...', flush=True)
-        asked.append(number)
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+        signal.signal(number, lambda *_: asked.append(number))
 
     while True:
         # --- dense warm-up ends (Sec. 4.1, G.3) ---
-        if step >= warm and model.config.n_experts < config.n_experts:
+        if step >= dense_steps and model.config.n_experts < config.n_experts:
             if args.shard:                                           # all experts at once may fit on no device
                 model.cpu()
                 optimizer.load_state_dict(optimizer.state_dict())
@@ -467,13 +482,7 @@ def main(argv=None):
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
-            state = snapshot()
-            if rank == 0:                                            # ckpt.pt comes last: killed before, all is made again
-                if row['val_bpb'] == min(r['val_bpb'] for r in rows if 'val_bpb' in r):
-                    save_checkpoint(f'{args.out_dir}/best.pt', **state)
-                write_log(f'{args.out_dir}/log.csv', rows)
-                plot(args.out_dir, rows, routing.numpy(), domains)
-                save_checkpoint(checkpoint, **state)
+            save(row['val_bpb'] == min(r['val_bpb'] for r in rows if 'val_bpb' in r), routing)
         if last:
             break
 
@@ -486,15 +495,16 @@ def main(argv=None):
             if isinstance(running, DDP):                             # ranks exchange gradients once, at the last piece
                 running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
-                _, piece, e = running(x, y, return_routing=True)
-            x, y = next(batches)                                     # the next one travels while this one is computed
+                piece, e = running(x, y, return_routing=True)[1:]    # (), (B, n_layer, N, E)
+            x, y = next(batches)                                     # made ready while a GPU still computes
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
             loss[0] += piece.detach() / args.gradient_accumulation_steps
             # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1), all ones.
             if model.config.n_experts > 1:
                 active = active.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         loss[1] = len(asked)
         if world > 1:                                                # so that all ranks report, fail and stop alike
             dist.all_reduce(loss)
@@ -505,13 +515,13 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        seconds, timed, lost, step = seconds + time.time() - t0, timed + 1, lost + loss, step + 1
+        seconds, timed, loss_sum, step = seconds + time.time() - t0, timed + 1, loss_sum + loss, step + 1
 
         # --- report ---
         if step % args.log_interval == 0:
             if world > 1:
                 dist.all_reduce(active, dist.ReduceOp.MAX)
-            per_step, loss = seconds / timed, lost / (step - since)  # both are means since the last line
+            per_step, loss = seconds / timed, loss_sum / (step - since)  # both are means since the last line
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
                              tok_s=tokens_per_step / per_step, experts=active.mean().item()))
             left = int(per_step * (args.max_iters - step))
@@ -523,13 +533,10 @@ def main(argv=None):
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
                 f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
                 f'{left // 60}:{left % 60:02d} left', flush=True)
-            seconds, timed, since, lost, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
+            seconds, timed, since, loss_sum, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
 
         if stop:
-            state = snapshot()
-            if rank == 0:
-                write_log(f'{args.out_dir}/log.csv', rows)
-                save_checkpoint(checkpoint, **state)
+            save()
             break
 
     say(f'stopped at step {step}, saved; go on with: python train.py --init_from=resume --out_dir={args.out_dir}' if stop
@@ -549,12 +556,13 @@ if __name__ == '__main__':
             print(f'train.py: {e}', file=sys.stderr)
         sys.exit(2)
     except RuntimeError as e:
-        cures = {'memory': 'out of memory: raise --gradient_accumulation_steps, or make the model smaller.',
-                 'peer': 'another process of this run has died; go on from the latest ckpt.pt with --init_from=resume.'}
-        cure = next((cure for word, cure in cures.items() if word in str(e)), None)
-        if cure is None:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            print('train.py: out of memory: raise --gradient_accumulation_steps, or make the model smaller.', file=sys.stderr)
+        elif 'closed by peer' in str(e) or 'reset by peer' in str(e):
+            print('train.py: another process of this run has died; go on from the latest ckpt.pt with --init_from=resume.',
+                  file=sys.stderr)
+        else:
             raise
-        print(f'train.py: {cure}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\ntrain.py: stopped before the first step.', file=sys.stderr)

@@ -47,7 +47,7 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts):
         mine = parts.new_empty(len(parts) // dist.get_world_size(), *parts.shape[1:])
-        dist.reduce_scatter(mine, list(parts.split(len(mine))))
+        dist.reduce_scatter(mine, list(parts.contiguous().split(len(mine))))
         return mine
 
     @staticmethod

@@ -9,6 +9,7 @@ optimiser, log and pictures are compared byte by byte with those of a run left a
 """
 import collections
 import csv
+import glob
 import json
 import os
 import random
@@ -63,6 +64,8 @@ def main():
     where = collections.Counter()
     for kill in range(KILLS):
         begun = os.path.exists('killed/ckpt.pt')
+        for name in glob.glob('killed/*.tmp'):                       # of an earlier kill: what is there later is of this one
+            os.remove(name)
         process = start('--out_dir=killed', *(['--init_from=resume'] if begun else FLAGS))
         if kill % 5 == 0:                                            # anywhere, most likely before the first step
             time.sleep(random.uniform(0, 8))

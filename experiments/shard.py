@@ -15,7 +15,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -39,7 +38,7 @@ def measure(way, n_experts, batch, steps=7):
     idx = torch.randint(model.config.vocab_size, (batch, model.config.block_size + 1))
     mine = idx.chunk(dist.get_world_size())[dist.get_rank()]
     if way == 'FSDP2':
-        optimizer = shard(model, model.optimizer(**ADAM), init_device_mesh('cpu', (dist.get_world_size(),)))
+        optimizer = shard(model, model.optimizer(**ADAM))
         running = model
     else:
         running = DDP(model, gradient_as_bucket_view=True)           # or gradients would be held twice
