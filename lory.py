@@ -39,7 +39,7 @@ model, dense warm-up, and last what the scripts share.
 """
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -534,7 +534,7 @@ def atomic_open(path, mode='wb', **kw):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException as e:
-        if os.path.exists(tmp):
+        with suppress(OSError):
             os.remove(tmp)
         cause = e if isinstance(e, OSError) else e.__context__       # torch.save hides a full disk behind another error
         if isinstance(cause, OSError):
@@ -564,8 +564,8 @@ def load_checkpoint(path, device='cpu'):
         model = Lory(LoryConfig(**ckpt['config']))
         model.load_state_dict(ckpt['model'])
     except Exception as e:
-        raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(e).__name__}); '
-                        'choose another, or train again.') from e
+        raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(e).__name__}); choose another. '
+                        "If it is a run's ckpt.pt, delete it: --init_from=resume then takes best.pt.") from e
     return model.to(device), ckpt
 
 

@@ -1154,6 +1154,25 @@ def test_best_is_the_best_validation(run_home, monkeypatch):
     assert steps() == [10, 25]
     run_script(train, run_home, '--out_dir=best', '--init_from=resume', '--max_iters=30')
     assert len(seen) == 5 and steps() == [10, 30]
+    os.remove(run_home / 'best/ckpt.pt')                             # lost: nothing overwrites the run, best.pt takes it up
+    with pytest.raises(UserError, match='resume'):
+        run_script(train, run_home, *TINY, '--out_dir=best')
+    run_script(train, run_home, '--out_dir=best', '--init_from=resume', '--max_iters=12')
+    assert steps()[1] == 12
+
+
+def test_a_closed_pipe_does_not_stop_a_run(run_home):
+    """As in `python train.py | head`, with Ctrl-C after that."""
+    run = subprocess.Popen([sys.executable, f'{HERE}/train.py', *TINY, '--out_dir=pipe', '--max_iters=100000',
+                            '--eval_interval=50000'], cwd=run_home, stdout=-1, stderr=-1, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while not run.stdout.readline().startswith(b'step      5'):
+        assert run.poll() is None
+    run.stdout.close()
+    time.sleep(0.5)
+    for _ in range(3):
+        run.send_signal(signal.SIGINT)
+    assert run.wait() == 130 and run.stderr.read() == b''
+    assert load_checkpoint(run_home / 'pipe/ckpt.pt')[1]['step'] > 5
 
 
 def test_two_runs_do_not_share_a_folder(run_home):

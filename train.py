@@ -14,6 +14,8 @@ import argparse
 import base64
 import csv
 import ctypes
+import errno
+import gc
 import itertools
 import math
 import os
@@ -245,6 +247,8 @@ def learning_rate(step, args):
 def claim(out_dir):
     """Keep out_dir for this process as long as it lives and the returned file is open. UserError if another has it."""
     try:
+        if not os.access(out_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         lock = open(f'{out_dir}/.lock', 'w')
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -291,7 +295,7 @@ def main(argv=None):
     # --- settings ---
     parser = make_parser()
     args = parser.parse_args(argv)
-    checkpoint = f'{args.out_dir}/ckpt.pt'
+    checkpoint, best = f'{args.out_dir}/ckpt.pt', f'{args.out_dir}/best.pt'
     model_fields = LoryConfig.__dataclass_fields__
     if args.preset and args.init_from == 'resume':
         raise UserError('a resumed run keeps its settings: leave --preset out.')
@@ -299,11 +303,12 @@ def main(argv=None):
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from == 'resume':
         # The run's own settings become the defaults, so that only what is to change need be said again.
-        model, ckpt = load_checkpoint(checkpoint)
+        latest = best if os.path.exists(best) and not os.path.exists(checkpoint) else checkpoint
+        model, ckpt = load_checkpoint(latest)
         if 'optimizer' not in ckpt:                                  # as sample.py --save_dense writes it
-            raise UserError(f'{checkpoint} is a model without a run: start from it with --init_from={checkpoint}.')
+            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
         parser.set_defaults(**ckpt['args'] | dict(out_dir=args.out_dir))
-    elif os.path.exists(checkpoint):
+    elif os.path.exists(checkpoint) or os.path.exists(best):
         raise UserError(f'{args.out_dir} holds a run: go on with --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         model, ckpt = load_checkpoint(args.init_from)
@@ -318,14 +323,12 @@ def main(argv=None):
                    if name not in ('init_from', 'out_dir') and getattr(args, name) != was]
         if args.max_iters < ckpt['step']:
             raise UserError(f'the run in {args.out_dir} is at step {ckpt["step"]}: raise --max_iters above it.')
-    for name in ('max_iters', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval'):
-        if not 1 <= getattr(args, name) < 10**9:
-            raise UserError(f'{name}={getattr(args, name)} must be at least 1 and below a billion.')
-    for name in ('learning_rate', 'min_lr_ratio', 'warmup', 'dense_warmup', 'weight_decay', 'beta1', 'beta2', 'grad_clip',
-                 'eval_windows', 'seed'):
-        top = 2**63 if name in ('weight_decay', 'grad_clip', 'eval_windows', 'seed') else 1
-        if not 0 <= getattr(args, name) < top:
-            raise UserError(f'{name}={getattr(args, name)} must be at least 0 and below {top}.')
+    for names, low, top in (('max_iters batch_size gradient_accumulation_steps eval_interval log_interval', 1, 10**9),
+                            ('learning_rate min_lr_ratio warmup dense_warmup beta1 beta2', 0, 1),
+                            ('weight_decay grad_clip eval_windows seed', 0, 2**63)):
+        for name in names.split():
+            if not low <= getattr(args, name) < top:
+                raise UserError(f'{name}={getattr(args, name)} must be at least {low} and below {top}.')
     config = LoryConfig(**{name: value for name, value in vars(args).items() if name in model_fields})
 
     # --- processes and device ---
@@ -335,14 +338,22 @@ def main(argv=None):
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     device, dtype = pick_device(args)
-    if args.shard and (world == 1 or dtype == torch.float16 or args.compile):
-        raise UserError('shard=True splits a model over several ranks, not compiled, not in float16: start it with torchrun, '
-                        '--compile=False and --dtype=bfloat16 or float32; or say --shard=False.')
+    if args.shard and world == 1:
+        raise UserError('shard=True splits a model over several ranks: start it with torchrun, or say --shard=False.')
+    if args.shard and (dtype == torch.float16 or args.compile):
+        raise UserError('shard=True goes neither with float16 nor with compile: say --dtype=bfloat16 and --compile=False.')
     if 'cuda:' in device:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group('nccl' if 'cuda' in device else 'gloo')
-    say = print if rank == 0 else lambda *a, **kw: None
+
+    def say(text):
+        if rank == 0:
+            try:
+                print(text, flush=True)
+            except OSError:                                          # whoever read this is gone; the run goes on
+                sys.stdout = open(os.devnull, 'w')
+
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     torch.set_float32_matmul_precision('high')                       # TF32 for what autocast leaves in float32
@@ -410,7 +421,7 @@ def main(argv=None):
 
     optimizer, running = distribute(model, optimizer)
     if args.init_from == 'resume':
-        say(f'resumed   {checkpoint} at step {step:,}' + ''.join(f'; {change}' for change in changed))
+        say(f'resumed   {latest} at step {step:,}' + ''.join(f'; {change}' for change in changed))
     tokens_per_step = args.batch_size * args.block_size
     say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(domains)} domains, '
         f'vocabulary {vocab_size:,}')
@@ -432,7 +443,7 @@ def main(argv=None):
                for i in pieces)
     x, y = next(batches)
 
-    def save(best=False, routing=None):
+    def save(is_best=False, routing=None):
         """Leave the run's state in out_dir. All ranks gather it, and wait until rank 0 has written it."""
         if world > 1:
             dist.all_reduce(active, dist.ReduceOp.MAX)
@@ -441,8 +452,8 @@ def main(argv=None):
                      args=vars(args), step=step, rows=rows, since_line=(since, loss_sum, active.cpu()),
                      scaler=scaler.state_dict(), rng=torch.get_rng_state(), data=identity, tokenizer=data.tokenizer)
         if rank == 0:                                                # ckpt.pt comes last: killed before, all is made again
-            if best:
-                save_checkpoint(f'{args.out_dir}/best.pt', **state)
+            if is_best:
+                save_checkpoint(best, **state)
             write_log(f'{args.out_dir}/log.csv', rows)
             if routing is not None:
                 plot(args.out_dir, rows, routing.numpy(), domains)
@@ -532,17 +543,22 @@ def main(argv=None):
                           f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
                 f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
-                f'{left // 60}:{left % 60:02d} left', flush=True)
+                f'{left // 60}:{left % 60:02d} left')
             seconds, timed, since, loss_sum, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
 
         if stop:
             save()
             break
 
-    say(f'stopped at step {step}, saved; go on with: python train.py --init_from=resume --out_dir={args.out_dir}' if stop
-        else f'done: {args.out_dir}/ has ckpt.pt, best.pt, log.csv, loss.png and experts.png; now try: python sample.py '
-             f'--out_dir={args.out_dir}')
+    for number in (signal.SIGINT, signal.SIGTERM):                   # all is saved; let it end in peace
+        signal.signal(number, signal.SIG_IGN)
+    command = f'{"torchrun ..." if world > 1 else "python"} train.py --init_from=resume --out_dir={args.out_dir}'
+    say(f'stopped at step {step}, saved; go on with: {command}' if stop else
+        f'done: {args.out_dir}/ has ckpt.pt, best.pt, log.csv, loss.png and experts.png; now try: python sample.py '
+        f'--out_dir={args.out_dir}')
     if world > 1:
+        model = optimizer = running = None                           # a wrapper that outlives its process group may abort
+        gc.collect()
         dist.destroy_process_group()
     return 130 if stop else 0
 

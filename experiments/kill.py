@@ -63,7 +63,7 @@ def main():
     random.seed(0)
     where = collections.Counter()
     for kill in range(KILLS):
-        begun = os.path.exists('killed/ckpt.pt')
+        begun = os.path.exists('killed/ckpt.pt') or os.path.exists('killed/best.pt')
         for name in glob.glob('killed/*.tmp'):                       # of an earlier kill: what is there later is of this one
             os.remove(name)
         process = start('--out_dir=killed', *(['--init_from=resume'] if begun else FLAGS))
