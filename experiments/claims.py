@@ -107,6 +107,35 @@ def report(rows):
                       + f' | {show([float(r["val_bpb"]) for r in runs.values()], ".3f")} |')
 
 
+def draw(rows):
+    """assets/claims.png: change in perplexity by domain, a dot for each seed; and in bits per byte against tokens, by size."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
+    fig, ax = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    bases = last('dense', rows)
+    for k, (group, name) in enumerate([('e8 T256', '8 experts, T = 256'), ('e8', '8 experts, T = 64'), ('e32', '32 experts, T = 64')]):
+        for i, d in enumerate(domains):
+            change = [100 * (float(r[f'ppl_{d}']) / float(bases[seed][f'ppl_{d}']) - 1) for seed, r in last(group, rows).items()]
+            ax[0].plot([i + 0.25 * (k - 1)] * len(change), change, 'o', color=f'C{k}', label=name if i == 0 else None)
+    ax[0].set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
+    ax[0].legend(fontsize=8)
+    for size, name in (('', '2 layers, width 64'), (' width 32', 'width 32'), (' H 512', 'H = 512'), (' 4 layers', '4 layers')):
+        dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows if r['group'] == f'{kind} half{size}'}
+                          for kind in ('dense', 'e8'))
+        steps = sorted({step for seed, step in experts if (seed, step) in dense})
+        gain = [statistics.mean(100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense)
+                for step in steps]
+        ax[1].plot([step * 4096 / 1e6 for step in steps], gain, marker='.', label=name)
+    ax[1].set(xlabel='million tokens', ylabel='bits per byte against dense, %')
+    ax[1].legend(fontsize=8)
+    for a in ax:
+        a.axhline(0, color='0.7', lw=0.8)
+    with atomic_open(f'{ROOT}/assets/claims.png') as f:
+        fig.savefig(f, format='png', dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP', help=', '.join(GROUPS))
@@ -132,6 +161,7 @@ def main():
                 writer.writeheader()
                 writer.writerows(rows)
     report(rows)
+    draw(rows)
 
 
 if __name__ == '__main__':
