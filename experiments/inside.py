@@ -72,8 +72,8 @@ def document_weights(model, split, limit, seed=0):
 def domain_accuracy(model, data):
     """Logistic regression from routing weights to domain: fitted on training documents, scored on held-out ones.
     -> accuracy, mean over domains (chance is one in n_domains)"""
-    x, y = document_weights(model, data.train, 2500)
-    x_val, y_val = document_weights(model, data.val, 1000)
+    x, y = document_weights(model, data.train, 1500)
+    x_val, y_val = document_weights(model, data.val, 800)
     guess = LogisticRegression(max_iter=2000, class_weight='balanced').fit(x, y).predict(x_val)
     return float(np.mean([(guess[y_val == d] == d).mean() for d in np.unique(y_val)]))
 
@@ -131,7 +131,7 @@ def segment_one(model, windows):
 def measure(out):
     model, ckpt = load_checkpoint(f'{out}/ckpt.pt')
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', model.config.block_size)
-    windows = validation_windows(data.val, len(data.meta['domains']), model.config.block_size, 48)
+    windows = validation_windows(data.val, len(data.meta['domains']), model.config.block_size, 24)
     model.eval()
     result = dict(run=os.path.basename(out), domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
                   domain_accuracy=domain_accuracy(model, data), **use(model, data),
@@ -148,7 +148,9 @@ def draw(results):
     import matplotlib.pyplot as plt
     first = next(r for r in results if 'without_expert' in r)
     domains, layers = first['domains'], len(first['without_expert'])
-    fig, ax = plt.subplots(2, layers + 1, figsize=(4 * layers + 4, 5.2), layout='constrained', squeeze=False)
+    positions = any('self' in r['run'] for r in results)             # prior alone sees nothing ahead: three equal curves
+    columns = layers + positions
+    fig, ax = plt.subplots(2, columns, figsize=(4 * columns, 5.2), layout='constrained', squeeze=False)
     routing, loss = np.array(first['routing']), np.array(first['without_expert'])     # (domains, layers, E), (layers, E, domains)
     for layer in range(layers):
         for a, image, top, title in ((ax[0, layer], routing[:, layer], routing.max(), 'mean routing weight'),
@@ -157,13 +159,12 @@ def draw(results):
             a.set(title=f'layer {layer + 1}: {title}', xlabel='expert', xticks=range(image.shape[1]),
                   xticklabels=range(1, image.shape[1] + 1), yticks=range(len(domains)), yticklabels=domains)
             fig.colorbar(shown, ax=a)
-    for a, kind in zip(ax[:, -1], ('prior', 'self')):
+    for a, kind in zip(ax[:, -1], ('prior', 'self') if positions else ()):
         runs = [r['segment_one'] for r in results if ('self' in r['run']) == (kind == 'self') and '32' not in r['run']]
         for name, style in (('reported', '-'), ('honest', '--'), ('other', ':')):
-            if runs:
-                curve = np.mean([r[name] for r in runs], 0)
-                a.plot(np.arange(8, len(curve), 8), [curve[i - 8:i].mean() for i in range(8, len(curve), 8)], style,
-                       marker='.', label={'other': "another sequence's weights"}.get(name, name))
+            curve = np.mean([r[name] for r in runs], 0)
+            a.plot(np.arange(8, len(curve), 8), [curve[i - 8:i].mean() for i in range(8, len(curve), 8)], style,
+                   marker='.', label={'other': "another sequence's weights"}.get(name, name))
         a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token')
         a.legend(fontsize=8)
     with atomic_open(f'{ROOT}/assets/inside.png') as f:
