@@ -364,7 +364,7 @@ def main(argv=None):
         os.makedirs(args.out_dir, exist_ok=True)
     except OSError as e:
         raise UserError(f'cannot make the folder {args.out_dir!r} ({e.strerror}); choose another --out_dir.') from e
-    lock = claim(args.out_dir) if rank == 0 else None
+    lock = claim(args.out_dir) if rank == 0 else None                # held as long as this name is
     wanted = args.dataset == 'builtin' and args.init_from != 'resume' and not os.path.exists('data/builtin/meta.json')
     if wanted and rank == 0:
         prepare.main([])
