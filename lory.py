@@ -103,20 +103,22 @@ def merge(e, theta):
 
 
 class MergedLinear(torch.autograd.Function):
-    """y = x @ merge(e, θ), with the merged matrix W = merge(e, θ) made again in the backward pass instead of kept.
+    """y = x @ merge(e, θ) in x's dtype, with the merged matrix W = merge(e, θ) made again in the backward pass, not kept.
 
     Kept, each segment's copy of each FFN would wait for it: 6.6 GB a 4096-token sequence at the paper's 0.3B in bf16.
-    Made again, it costs E/T of the matmul (App. B) and one layer's W at a time. The chain rule of y = x W, W = e θ:
+    Made again, it costs E/T of the matmul (App. B) and one layer's W at a time; θ in x's dtype is not kept either. The
+    chain rule of y = x W, W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
     @staticmethod
     def forward(ctx, x, e, theta):                                   # (S, T, in), (S, E), (E, in, out)
         ctx.save_for_backward(x, e, theta)
-        return x @ merge(e, theta)                                   # (S, T, out)
+        return x @ merge(e, theta.to(x.dtype))                       # (S, T, out)
 
     @staticmethod
     def backward(ctx, dy):                                           # (S, T, out)
         x, e, theta = ctx.saved_tensors
+        theta = theta.to(x.dtype)
         dx = dy @ merge(e, theta).mT                                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
         de = (theta.flatten(1) @ dW.mT).mT                           # (S, E), in the order that CPUs do faster
@@ -168,10 +170,9 @@ class LoryFFN(nn.Module):
         """Each segment through its own merged FFN, in autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        xs, e, gate, up, down = (t.to(dtype) for t in                # (S, T, D), (S, E), (E, D, H) twice, (E, H, D)
-                                 (x.flatten(0, 1), e.flatten(0, 1), self.gate, self.up, self.down))
-        h = F.silu(MergedLinear.apply(xs, e, gate)) * MergedLinear.apply(xs, e, up)   # (S, T, H)
-        return MergedLinear.apply(h, e, down).view(x.shape)
+        xs, e = x.flatten(0, 1).to(dtype), e.flatten(0, 1).to(dtype)                  # (S, T, D), (S, E)
+        h = F.silu(MergedLinear.apply(xs, e, self.gate)) * MergedLinear.apply(xs, e, self.up)   # (S, T, H)
+        return MergedLinear.apply(h, e, self.down).view(x.shape)
 
     def forward(self, x):
         """(B, L, D) -> output (B, L, D), routing weights (B, N, E)."""

@@ -4,6 +4,7 @@ What do merged experts cost? Training steps of Lory against its dense baseline, 
     python experiments/bench.py                     the default size and width 256, on this machine's CPU or GPU
     python experiments/bench.py --size=paper        the paper's 0.3B shape, for a GPU: bf16, compiled, L 4096
 
+Beside the steps it times each product that a merged matrix needs alone, to tell what the difference is made of.
 Writes experiments/bench-<size>-<device>.json and draws assets/bench.png from the default and the width-256 file.
 """
 import argparse
@@ -32,6 +33,7 @@ VARIANTS = {                                                         # name -> w
     'dense': dict(n_experts=1),
     **{f'E={E}': dict(n_experts=E) for E in (2, 8, 16, 32)},
     **{f'E=8 T={T}': dict(n_experts=8, segment_len=T) for T in (64, 128, 512)},
+    'E=32 T=64': dict(n_experts=32, segment_len=64),
     'E=8 kept': dict(n_experts=8),                                   # plain formula: merged weights wait for backward
     'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
 }
@@ -42,11 +44,17 @@ def plain_formula(on):
     """MergedLinear replaced by the formula that autograd would differentiate by itself, keeping all it computes."""
     ours = lory.MergedLinear
     if on:
-        lory.MergedLinear = type('Plain', (), dict(apply=staticmethod(lambda x, e, theta: x @ lory.merge(e, theta))))
+        lory.MergedLinear = type('Plain', (), dict(apply=staticmethod(lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)))))
     try:
         yield
     finally:
         lory.MergedLinear = ours
+
+
+def clock(device):
+    if 'cuda' in device:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Subject:
@@ -61,23 +69,18 @@ class Subject:
         self.autocast = lambda: torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
         self.idx = torch.randint(self.model.config.vocab_size, (batch, self.model.config.block_size + 1), device=device)
 
-    def clock(self):
-        if 'cuda' in self.device:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def step(self):
         with plain_formula(self.name == 'E=8 kept'):
-            t = [self.clock()]
+            t = [clock(self.device)]
             with self.autocast():
                 loss = self.running(self.idx[:, :-1], self.idx[:, 1:])[1]
-            t.append(self.clock())
+            t.append(clock(self.device))
             loss.backward()
-            t.append(self.clock())
+            t.append(clock(self.device))
             self.optimizer.step()
             with torch.profiler.record_function('updated'):
                 self.optimizer.zero_grad(set_to_none=True)
-            t.append(self.clock())
+            t.append(clock(self.device))
         self.times.append([b - a for a, b in zip(t, t[1:])])         # forward, backward, optimiser
 
     def peak_memory(self):
@@ -107,6 +110,37 @@ class Subject:
             elif event.name() == 'updated':                          # from here on gradients are released
                 break
         return peak
+
+
+def products(config, batch, device, dtype, rounds):
+    """The matrix products behind one gate or up matrix of 8 experts in a training step, each alone, beside the three
+    that dense needs and beside a copy of as much memory. -> a row each: calls a step, ms a call, GB/s, GFLOP/s."""
+    E, T, D, H = 8, config.segment_len, config.n_embd, config.ffn_hidden
+    S = batch * config.block_size // T
+    x, dy, W, e, theta = (torch.randn(shape, device=device, dtype=dtype) for shape in
+                          ((S, T, D), (S, T, H), (S, D * H), (S, E), (E, D * H)))
+    w, out, matrices = W[0].view(D, H), torch.empty_like(W), W.view(S, D, H)
+    big, small = 2 * S * T * D * H, 2 * S * E * D * H                # operations
+    calls = {
+        'dense: y = x W, dx = dy Wᵀ, dW = xᵀ dy': (1, 3 * big, (x, dy, w), lambda: (
+            x.flatten(0, 1) @ w, dy.flatten(0, 1) @ w.T, x.flatten(0, 1).T @ dy.flatten(0, 1))),
+        'the same for each segment': (1, 3 * big, (x, dy, W), lambda: (x @ matrices, dy @ matrices.mT, x.mT @ dy)),
+        'W = e θ, forward and again backward': (2, small, (W, theta), lambda: e @ theta),
+        'de = dW θᵀ': (1, small, (W, theta), lambda: (theta @ W.mT).mT),
+        'dθ = eᵀ dW': (1, small, (W, theta), lambda: e.mT @ W),
+        'a copy of W': (0, 0, (W, out), lambda: out.copy_(W)),
+    }
+    rows = []
+    for name, (count, operations, touched, call) in calls.items():
+        times = []
+        for _ in range(rounds + 2):
+            t = clock(device)
+            call()
+            times.append(clock(device) - t)
+        ms = statistics.median(times[2:]) * 1000
+        rows.append(dict(product=name, calls=count, ms=ms, gflop_s=operations / ms / 1e6,
+                         gb_s=sum(t.numel() * t.element_size() for t in touched) / ms / 1e6))
+    return rows
 
 
 def main():
@@ -164,9 +198,13 @@ def main():
         if len(E) > 1 and 'dense' in by:
             slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
             print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, of {by["dense"]:.1f} ms')
+        parts = products(subjects[0].model.config, batch, device, dtype, args.rounds)
+        for r in parts:
+            print(f'{r["product"]:40} {r["calls"]} x {r["ms"]:8.2f} ms {r["gb_s"]:8.1f} GB/s {r["gflop_s"]:9.0f} GFLOP/s')
         result = dict(size=size, config=config, batch=batch, device=torch.cuda.get_device_name() if 'cuda' in device else
                       f'{platform.machine()}, {torch.get_num_threads()} threads', dtype=str(dtype), compiled=args.compile,
-                      torch=torch.__version__, rounds=args.rounds, rows=rows)
+                      torch=torch.__version__, rounds=args.rounds, rows=rows,
+                      products=parts)
         with lory.atomic_open(f'{HERE}/bench-{size}-{device.split(":")[0]}.json', 'w') as f:
             json.dump(result, f, indent=1)
         del subjects
