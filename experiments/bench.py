@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
@@ -34,17 +35,23 @@ VARIANTS = {                                                         # name -> w
     **{f'E={E}': dict(n_experts=E) for E in (2, 8, 16, 32)},
     **{f'E=8 T={T}': dict(n_experts=8, segment_len=T) for T in (64, 128, 512)},
     'E=32 T=64': dict(n_experts=32, segment_len=64),
-    'E=8 kept': dict(n_experts=8),                                   # plain formula: merged weights wait for backward
+    'E=8 kept': dict(n_experts=8),
+    'E=8 checkpointed': dict(n_experts=8),
     'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
 }
 
 
+FORMULAS = {                                                         # variants that run something else than MergedLinear
+    'E=8 kept': lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)),             # autograd keeps merged weights
+    'E=8 checkpointed': lambda x, e, theta: checkpoint(FORMULAS['E=8 kept'], x, e, theta, use_reentrant=False),
+}
+
+
 @contextmanager
-def plain_formula(on):
-    """MergedLinear replaced by the formula that autograd would differentiate by itself, keeping all it computes."""
+def formula(name):
     ours = lory.MergedLinear
-    if on:
-        lory.MergedLinear = type('Plain', (), dict(apply=staticmethod(lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)))))
+    if name in FORMULAS:
+        lory.MergedLinear = type('Formula', (), dict(apply=staticmethod(FORMULAS[name])))
     try:
         yield
     finally:
@@ -70,7 +77,7 @@ class Subject:
         self.idx = torch.randint(self.model.config.vocab_size, (batch, self.model.config.block_size + 1), device=device)
 
     def step(self):
-        with plain_formula(self.name == 'E=8 kept'):
+        with formula(self.name):
             t = [clock(self.device)]
             with self.autocast():
                 loss = self.running(self.idx[:, :-1], self.idx[:, 1:])[1]

@@ -6,9 +6,9 @@ The paper's claims in miniature: the runs behind the README's tables, three seed
     python experiments/claims.py --train                train nothing, report
 
 A run is the default of train.py with its group's flags, so each line below is also the command that makes it: a quarter of
-an hour of one core, in runs/<group>-<seed>. One that was stopped goes on where it was; one whose rows stand in
-experiments/runs.csv is not made again. Everything is measured with first_segment=prior, strictly causal at every position,
-but where a group says otherwise. Draws assets/claims.png.
+an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was stopped goes on where it
+was; one whose rows stand in experiments/runs.csv is not made again. Everything is measured with first_segment=prior,
+strictly causal at every position, but where a group says otherwise. Draws assets/claims.png.
 """
 import argparse
 import csv
@@ -29,20 +29,28 @@ GROUPS = {                                                           # in the or
     'dense': '--n_experts=1',
     'e8': '--n_experts=8 --segment_len=64',
     'e32': '--n_experts=32 --segment_len=64',
+    'e8 T256': '--n_experts=8 --segment_len=256',
+    # Training documents in random order; what is held out stays the same.
     'dense shuffled': '--n_experts=1 --dataset=shuffled',
     'e8 shuffled': '--n_experts=8 --segment_len=64 --dataset=shuffled',
-    'e2': '--n_experts=2 --segment_len=64',
-    'e8 prefix': '--n_experts=8 --segment_len=64 --routing=prefix',
-    'e8 expert choice': '--n_experts=8 --routing=expert_choice',
-    'e8 no warm-up': '--n_experts=8 --segment_len=64 --dense_warmup=0',
-    'e8 T128': '--n_experts=8 --segment_len=128',
-    'e8 T256': '--n_experts=8 --segment_len=256',
-    'e8 T512': '--n_experts=8 --segment_len=512',
-    'e8 self': '--n_experts=8 --segment_len=64 --first_segment=self',
-    # Other sizes, for half as long: where does the gain begin?
+    'e8 T256 shuffled': '--n_experts=8 --segment_len=256 --dataset=shuffled',
+    # 2.5 times as much text, so that 24.6M tokens are 1.2 epochs and not 3.
+    'dense big': '--n_experts=1 --dataset=big',
+    'e8 big': '--n_experts=8 --segment_len=64 --dataset=big',
+    'e32 big': '--n_experts=32 --segment_len=64 --dataset=big',
+    # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
+    'dense half longer': '--n_experts=1 --max_iters=3290',           # 3000 / 0.912: as long as 8 experts at T = 64 take
+    'e2 half': '--n_experts=2 --segment_len=64 --max_iters=3000',
+    'e8 half prefix': '--n_experts=8 --segment_len=64 --routing=prefix --max_iters=3000',
+    'e8 half expert choice': '--n_experts=8 --routing=expert_choice --max_iters=3000',
+    'e8 half no warm-up': '--n_experts=8 --segment_len=64 --dense_warmup=0 --max_iters=3000',
+    'e8 half self': '--n_experts=8 --segment_len=64 --first_segment=self --max_iters=3000',
     'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
+    'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
+    'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
+    'e8 half T512': '--n_experts=8 --segment_len=512 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
     'dense half H 512': '--n_experts=1 --ffn_hidden=512 --max_iters=3000',
@@ -50,12 +58,18 @@ GROUPS = {                                                           # in the or
     'dense half 4 layers': '--n_experts=1 --n_layer=4 --max_iters=3000',
     'e8 half 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4 --max_iters=3000',
 }
+DATASETS = {                                                         # the flags of prepare.py that make each
+    'builtin': '',
+    'shuffled': '--order=random',
+    'big': '--mb_per_domain=15',
+}
 TABLES = {                                                           # title -> (baseline, groups compared with it)
-    'Dense against 2, 8 and 32 experts': ('dense', ['e2', 'e8', 'e32']),
-    'The same in shuffled order': ('dense shuffled', ['e8 shuffled']),
-    'Routing, warm-up': ('dense', ['e8', 'e8 prefix', 'e8 expert choice', 'e8 no warm-up', 'e8 self']),
-    'Segment length': ('dense', ['e8', 'e8 T128', 'e8 T256', 'e8 T512']),
-    'Half as long': ('dense half', ['e8 half', 'e8 half T32']),
+    'Dense against experts': ('dense', ['e8 T256', 'e8', 'e32']),
+    'Shuffled order': ('dense shuffled', ['e8 T256 shuffled', 'e8 shuffled']),
+    'More text': ('dense big', ['e8 big', 'e32 big']),
+    'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
+                                    'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
+                                    'e8 half T512']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
@@ -64,7 +78,7 @@ TABLE = f'{HERE}/runs.csv'
 
 
 def train(group, seed):
-    """Make one run, or go on with it. -> a row for each of its validations"""
+    """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
     flags = ['--init_from=resume'] if os.path.exists(f'{out}/ckpt.pt') else \
         [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
@@ -73,14 +87,25 @@ def train(group, seed):
                               env=os.environ | {'OMP_NUM_THREADS': '1'}).returncode
     if code:
         raise UserError(f'{out} ended with exit code {code}: see {out}.log.')
-    with open(f'{out}/log.csv', newline='') as f:
-        return [dict(group=group, seed=seed) | {k: v for k, v in row.items() if k.startswith(('step', 'val', 'bpb', 'ppl'))}
-                for row in csv.DictReader(f) if row['val_bpb']]
+    return read(f'{out}/log.csv', group, seed)
+
+
+def read(path, group, seed):
+    """Every second line of a run's log and all its validations, a row for each step, to five digits."""
+    rows = {}
+    with open(path, newline='') as f:
+        for line in csv.DictReader(f):
+            if line['val_bpb'] or int(line['step']) % 100 == 0:
+                row = rows.setdefault(line['step'], dict(group=group, seed=seed, step=line['step']))
+                for name, value in line.items():
+                    if name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl')) and (value or name not in row):
+                        row[name] = f'{float(value):.5g}' if value else ''
+    return list(rows.values())
 
 
 def last(group, rows):
     """seed -> the last validation of that run"""
-    return {int(r['seed']): r for r in rows if r['group'] == group}  # rows stand in the order of their steps
+    return {int(r['seed']): r for r in rows if r['group'] == group and r['val_bpb']}   # rows stand in the order of their steps
 
 
 def show(values, form):
@@ -99,39 +124,56 @@ def report(rows):
               + f' | {show([float(r["val_bpb"]) for r in bases.values()], ".3f")} |')
         for group in groups:
             runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
-            if runs:
-                change = [[100 * (float(r[f'ppl_{d}']) / float(bases[seed][f'ppl_{d}']) - 1) for seed, r in runs.items()]
-                          for d in domains]
-                note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
-                print(f'| {group}{note} | ' + ' | '.join(f'{show(c, "+.1f")}%' for c in change)
-                      + f' | {show([float(r["val_bpb"]) for r in runs.values()], ".3f")} |')
+            note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
+            # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
+            for later in () if not runs else ('', 'later_') if 'T256' in group else ('',):
+                print(f'| {group}{note}{", after segment 1" if later else ""} | '
+                      + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f")}%' for d in domains)
+                      + f' | {show([float(r[later + "bpb" if later else "val_bpb"]) for r in runs.values()], ".3f")} |')
+
+
+def change(runs, bases, name):
+    """Percent by which `name` differs from the baseline's, seed by seed."""
+    return [100 * (float(r[name]) / float(bases[seed][name]) - 1) for seed, r in runs.items() if seed in bases]
 
 
 def draw(rows):
-    """assets/claims.png: change in perplexity by domain, a dot for each seed; and in bits per byte against tokens, by size."""
+    """assets/claims.png: a dot for each seed; change in perplexity by domain; in bits per byte against tokens by size, by
+    choice; and experts in use over time."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
-    fig, ax = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
-    bases = last('dense', rows)
-    for k, (group, name) in enumerate([('e8 T256', '8 experts, T = 256'), ('e8', '8 experts, T = 64'), ('e32', '32 experts, T = 64')]):
-        for i, d in enumerate(domains):
-            change = [100 * (float(r[f'ppl_{d}']) / float(bases[seed][f'ppl_{d}']) - 1) for seed, r in last(group, rows).items()]
-            ax[0].plot([i + 0.25 * (k - 1)] * len(change), change, 'o', color=f'C{k}', label=name if i == 0 else None)
-    ax[0].set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
-    ax[0].legend(fontsize=8)
+    fig, ((by_domain, by_order), (by_size, use)) = plt.subplots(2, 2, figsize=(11, 7.6), layout='constrained')
+    for a, groups in ((by_domain, [('dense', 'e8 T256', '8 experts, T = 256'), ('dense', 'e8', '8 experts, T = 64'),
+                                   ('dense', 'e32', '32 experts, T = 64')]),
+                      (by_order, [('dense', 'e8 T256', 'chained, T = 256'), ('dense shuffled', 'e8 T256 shuffled', 'shuffled, T = 256'),
+                                  ('dense', 'e8', 'chained, T = 64'), ('dense shuffled', 'e8 shuffled', 'shuffled, T = 64')])):
+        for k, (base, group, name) in enumerate(groups):
+            for i, d in enumerate(domains):
+                dots = change(last(group, rows), last(base, rows), f'ppl_{d}')
+                a.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
+        a.set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
+    by_order.set(ylim=by_domain.get_ylim())
     for size, name in (('', '2 layers, width 64'), (' width 32', 'width 32'), (' H 512', 'H = 512'), (' 4 layers', '4 layers')):
-        dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows if r['group'] == f'{kind} half{size}'}
-                          for kind in ('dense', 'e8'))
-        steps = sorted({step for seed, step in experts if (seed, step) in dense})
-        gain = [statistics.mean(100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense)
-                for step in steps]
-        ax[1].plot([step * 4096 / 1e6 for step in steps], gain, marker='.', label=name)
-    ax[1].set(xlabel='million tokens', ylabel='bits per byte against dense, %')
-    ax[1].legend(fontsize=8)
-    for a in ax:
-        a.axhline(0, color='0.7', lw=0.8)
+        dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows
+                           if r['group'] == f'{kind} half{size}' and r['val_bpb']} for kind in ('dense', 'e8'))
+        steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
+        gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense] for step in steps]
+        by_size.errorbar([step * 4096 / 1e6 for step in steps], [statistics.mean(g) for g in gain],
+                         [[statistics.mean(g) - min(g) for g in gain], [max(g) - statistics.mean(g) for g in gain]],
+                         marker='.', capsize=3, label=name)
+    by_size.set(xlabel='million tokens', ylabel='bits per byte against dense, %')
+    for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
+        for i, seed in enumerate(SEEDS):
+            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts']]
+            use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs], label=None if i else name,
+                     color='C0' if group == 'e8 half' else 'C1', lw=1)
+    use.set(xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
+    for a in (by_domain, by_order, by_size, use):
+        a.legend(fontsize=8)
+        if a is not use:
+            a.axhline(0, color='0.7', lw=0.8)
     with atomic_open(f'{ROOT}/assets/claims.png') as f:
         fig.savefig(f, format='png', dpi=110)
 
@@ -149,9 +191,9 @@ def main():
     missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS if (group, seed) not in have]
     if missing:
         os.makedirs('runs', exist_ok=True)
-        for dataset, order in (('builtin', 'similar'), ('shuffled', 'random')):
+        for dataset, flags in DATASETS.items():
             if not os.path.exists(f'data/{dataset}/meta.json'):
-                prepare.main([f'--dataset={dataset}', f'--order={order}'])
+                prepare.main([f'--dataset={dataset}', *flags.split()])
     with ThreadPoolExecutor(args.workers) as pool:
         for done in as_completed([pool.submit(train, *run) for run in missing]):
             rows += done.result()
