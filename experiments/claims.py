@@ -50,6 +50,7 @@ GROUPS = {                                                           # in the or
     'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
     'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
     'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
+    'e8 half T256 ramp': '--n_experts=8 --segment_len=256 --max_iters=3000',          # by experiments/ramp.py
     'e8 half T512': '--n_experts=8 --segment_len=512 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
@@ -69,7 +70,7 @@ TABLES = {                                                           # title -> 
     'More text': ('dense big', ['e8 big', 'e32 big']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
-                                    'e8 half T512']),
+                                    'e8 half T256 ramp', 'e8 half T512']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
@@ -80,10 +81,11 @@ TABLE = f'{HERE}/runs.csv'
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
+    script = f'{HERE}/ramp.py' if group.endswith('ramp') else f'{ROOT}/train.py'
     flags = ['--init_from=resume'] if os.path.exists(f'{out}/ckpt.pt') else \
         [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
     with open(f'{out}.log', 'a') as output:
-        code = subprocess.run([sys.executable, f'{ROOT}/train.py', f'--out_dir={out}', *flags], stdout=output, stderr=output,
+        code = subprocess.run([sys.executable, script, f'--out_dir={out}', *flags], stdout=output, stderr=output,
                               env=os.environ | {'OMP_NUM_THREADS': '1'}).returncode
     if code:
         raise UserError(f'{out} ended with exit code {code}: see {out}.log.')
