@@ -98,31 +98,36 @@ class LoryConfig:
 # The idea, on one screen: merge the experts (Sec. 2.2), route each segment by the one before (Sec. 3.1, Algorithm 1).
 
 def merge(e, theta):
-    """Σ_i e_i θ_i for S sets of weights at once, a single matrix product. (S, E), (E, in, out) -> (S, in, out)"""
+    """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)"""
     return (e @ theta.flatten(1)).view(-1, *theta.shape[1:])
 
 
 class MergedLinear(torch.autograd.Function):
     """y = x @ merge(e, θ) in x's dtype, with the merged matrix W = merge(e, θ) made again in the backward pass, not kept.
 
-    Kept, each segment's copy of each FFN would wait for it: 6.6 GB a 4096-token sequence at the paper's 0.3B in bf16.
-    Made again, it costs E/T of the matmul (App. B) and one layer's W at a time; θ in x's dtype is not kept either. The
-    chain rule of y = x W, W = e θ:
+    If kept, every segment's merged FFN would lie in memory until the backward pass: 6.6 GB a 4096-token sequence at the
+    paper's 0.3B in bf16. Made again, it costs E/T of the matmul (App. B) and one W at a time. The chain rule of y = x W,
+    W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
     @staticmethod
     def forward(ctx, x, e, theta):                                   # (S, T, in), (S, E), (E, in, out)
         ctx.save_for_backward(x, e, theta)
-        return x @ merge(e, theta.to(x.dtype))                       # (S, T, out)
+        return x @ merge(e.to(x.dtype), theta.to(x.dtype))           # (S, T, out)
 
     @staticmethod
     def backward(ctx, dy):                                           # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        theta = theta.to(x.dtype)
-        dx = dy @ merge(e, theta).mT                                 # (S, T, in)
+        weights = e.to(x.dtype)
+        dx = dy @ merge(weights, theta.to(x.dtype)).mT               # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
-        de = (theta.flatten(1) @ dW.mT).mT                           # (S, E), in the order that CPUs do faster
-        return dx, de, (e.mT @ dW).view_as(theta)
+        # The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than bfloat16
+        # resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.
+        parts = theta - theta[:1]                                    # (E, in, out)
+        parts[0] = theta[0]
+        de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)   # (S, E), in the order that CPUs do faster
+        de[:, 1:] += de[:, :1]
+        return dx, de, (weights.mT @ dW).view_as(theta)
 
 
 def swiglu(x, gate, up, down):
@@ -144,7 +149,7 @@ class LoryFFN(nn.Module):
     def weights(self, h):
         """softmax(R(h)), in float32 at least whatever autocast does to the rest. (..., D) -> (..., E)"""
         with torch.autocast(h.device.type, enabled=False):
-            logits = self.router(h)
+            logits = self.router(h.to(self.router.weight.dtype))
             return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def route(self, x):
@@ -170,7 +175,7 @@ class LoryFFN(nn.Module):
         """Each segment through its own merged FFN, in autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        xs, e = x.flatten(0, 1).to(dtype), e.flatten(0, 1).to(dtype)                  # (S, T, D), (S, E)
+        xs, e = x.flatten(0, 1).to(dtype), e.flatten(0, 1)           # (S, T, D), (S, E)
         h = F.silu(MergedLinear.apply(xs, e, self.gate)) * MergedLinear.apply(xs, e, self.up)   # (S, T, H)
         return MergedLinear.apply(h, e, self.down).view(x.shape)
 
@@ -484,7 +489,7 @@ def upcycle(dense, n_experts, optimizer=None):
     of zeros would hand all experts the same gradient, step after step: they would stay E copies of one dense model.
     They part because the router starts random, so that each expert hears some segments louder than its siblings do.
     """
-    model = Lory(replace(dense.config, n_experts=n_experts)).to(dense.embed.weight.device)
+    model = Lory(replace(dense.config, n_experts=n_experts)).to(dense.embed.weight)
     old, new = dict(dense.named_parameters()), dict(model.named_parameters())
     with torch.no_grad():
         for name, p in old.items():

@@ -1,7 +1,7 @@
 """
 Inside trained Lorys: what the experts specialise in, how evenly they are used, and what segment 1 sees ahead.
 
-    python experiments/inside.py                        the runs of claims.py: e8, e32, e8 self, all seeds
+    python experiments/inside.py                        the runs of claims.py: e8, e32, e8 half (self), all seeds
     python experiments/inside.py --draw                 the picture alone, from experiments/inside.json
 
 For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the weights alone tell the
@@ -27,7 +27,7 @@ import prepare
 from lory import LoryFFN, atomic_open, load_checkpoint
 from train import get_batch, to_xy, validation_windows
 
-GROUPS, SEEDS = ('e8', 'e32', 'e8-self'), (1337, 1, 2)
+GROUPS, SEEDS = ('e8', 'e32', 'e8-half', 'e8-half-self'), (1337, 1, 2)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def measure(out):
     result = dict(run=os.path.basename(out), domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
                   domain_accuracy=domain_accuracy(model, data), **use(model, data),
                   segment_one=segment_one(model, [w for domain in windows for w in domain]))
-    if model.config.n_experts <= 8:
+    if result['run'].startswith('e8-') and 'half' not in result['run']:
         result['without_expert'] = without_expert(model, windows)
     return result
 
@@ -160,7 +160,7 @@ def draw(results):
                   xticklabels=range(1, image.shape[1] + 1), yticks=range(len(domains)), yticklabels=domains)
             fig.colorbar(shown, ax=a)
     for a, kind in zip(ax[:, -1], ('prior', 'self') if positions else ()):
-        runs = [r['segment_one'] for r in results if ('self' in r['run']) == (kind == 'self') and '32' not in r['run']]
+        runs = [r['segment_one'] for r in results if 'half' in r['run'] and ('self' in r['run']) == (kind == 'self')]
         for name, style in (('reported', '-'), ('honest', '--'), ('other', ':')):
             curve = np.mean([r[name] for r in runs], 0)
             a.plot(np.arange(8, len(curve), 8), [curve[i - 8:i].mean() for i in range(8, len(curve), 8)], style,
@@ -173,7 +173,7 @@ def draw(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--draw', action='store_true')
+    parser.add_argument('--draw', action='store_true', help='measure nothing')
     args = parser.parse_args()
     path = f'{HERE}/inside.json'
     if not args.draw:
