@@ -118,8 +118,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):                                           # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        weights = e.to(x.dtype)
-        dx = dy @ merge(weights, theta.to(x.dtype)).mT               # (S, T, in)
+        e_low = e.to(x.dtype)                                        # (S, E), in bfloat16 under autocast
+        dx = dy @ merge(e_low, theta.to(x.dtype)).mT                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
         # The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than bfloat16
         # resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.
@@ -127,7 +127,7 @@ class MergedLinear(torch.autograd.Function):
         parts[0] = theta[0]
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)   # (S, E), in the order that CPUs do faster
         de[:, 1:] += de[:, :1]
-        return dx, de, (weights.mT @ dW).view_as(theta)
+        return dx, de, (e_low.mT @ dW).view_as(theta)
 
 
 def swiglu(x, gate, up, down):
@@ -146,10 +146,10 @@ class LoryFFN(nn.Module):
         self.down = nn.Parameter(torch.empty(E, H, D))
         self.router = nn.Linear(D, E) if E > 1 else None
 
-    def weights(self, h):
-        """softmax(R(h)), in float32 at least whatever autocast does to the rest. (..., D) -> (..., E)"""
-        with torch.autocast(h.device.type, enabled=False):
-            logits = self.router(h.to(self.router.weight.dtype))
+    def weights(self, x):
+        """Routing weights softmax(R(x)), in float32 at least whatever autocast does to the rest. (..., D) -> (..., E)"""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.router(x.to(self.router.weight.dtype))
             return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def route(self, x):
@@ -162,8 +162,8 @@ class LoryFFN(nn.Module):
         else:
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
             bias = self.router.bias
-            first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)
-        # The last of several segments is never read. Prefix, the ablation of Sec. 5.1, reads the first one only.
+            first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)             # (B, 1, E)
+        # What the last segment says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the first one only.
         later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
         return torch.cat([first, later], 1)
 
@@ -186,7 +186,7 @@ class LoryFFN(nn.Module):
         N = math.ceil(L / T)
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
-        # Only the last segment can be short, and only when N > 1, where nothing reads its mean: padding is harmless.
+        # Only the last segment can be short, and only when N > 1, where its mean routes nothing: padding is harmless.
         if N * T > L:
             x = F.pad(x, (0, 0, 0, N * T - L))
         x = x.view(B, N, T, D)

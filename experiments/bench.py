@@ -2,10 +2,11 @@
 What do merged experts cost? Training steps of Lory against its dense baseline, in one process, alternating, medians.
 
     python experiments/bench.py                     the default size and width 256, on this machine's CPU or GPU
-    python experiments/bench.py --size=paper        the paper's 0.3B shape, for a GPU: bf16, compiled, L 4096
+    python experiments/bench.py --size paper --compile        the paper's 0.3B shape, for a GPU: bf16, L 4096
 
-Beside the steps it times each product that a merged matrix needs alone, to tell what the difference is made of.
-Writes experiments/bench-<size>-<device>.json and draws assets/bench.png from the default and the width-256 file.
+Beside the steps it times each product that a merged matrix needs alone, to tell what the difference is made of. Writes
+experiments/bench-<size>-<device>.json and draws assets/bench.png from the default and the width-256 file; with --variants
+it only prints.
 """
 import argparse
 import json
@@ -25,11 +26,6 @@ from lory import Lory, LoryConfig
 from train import PEAK, PRESETS, keep_memory, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SIZES = {
-    'default': (dict(), 4),                                          # (config, sequences a step)
-    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16),
-    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000), 4),
-}
 VARIANTS = {                                                         # name -> what differs from the size's config
     'dense': dict(n_experts=1),
     **{f'E={E}': dict(n_experts=E) for E in (2, 8, 16, 32)},
@@ -39,10 +35,14 @@ VARIANTS = {                                                         # name -> w
     'E=8 checkpointed': dict(n_experts=8),
     'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
 }
-
-
+SIZES = {                                                            # name -> config, sequences a step, variants
+    'default': (dict(), 4, list(VARIANTS)),
+    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16, list(VARIANTS)),
+    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000),
+              4, ['dense', 'E=8', 'E=32', 'E=8 kept']),
+}
 FORMULAS = {                                                         # variants that run something else than MergedLinear
-    'E=8 kept': lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)),             # autograd keeps merged weights
+    'E=8 kept': lambda x, e, theta: x @ lory.merge(e.to(x.dtype), theta.to(x.dtype)),   # autograd keeps what it makes
     'E=8 checkpointed': lambda x, e, theta: checkpoint(FORMULAS['E=8 kept'], x, e, theta, use_reentrant=False),
 }
 
@@ -121,21 +121,24 @@ class Subject:
 
 def products(config, batch, device, dtype, rounds):
     """The matrix products behind one gate or up matrix of 8 experts in a training step, each alone, beside the three
-    that dense needs and beside a copy of as much memory. -> a row each: calls a step, ms a call, GB/s, GFLOP/s."""
+    that dense needs and beside a copy of as much memory. -> a row each: calls a matrix, ms a call, GB/s, GFLOP/s."""
     E, T, D, H = 8, config.segment_len, config.n_embd, config.ffn_hidden
     S = batch * config.block_size // T
     x, dy, W, e, theta = (torch.randn(shape, device=device, dtype=dtype) for shape in
                           ((S, T, D), (S, T, H), (S, D * H), (S, E), (E, D * H)))
-    w, out, matrices = W[0].view(D, H), torch.empty_like(W), W.view(S, D, H)
+    w, out, matrices, full = W[0].view(D, H), torch.empty_like(W), W.view(S, D, H), theta.float()
     big, small = 2 * S * T * D * H, 2 * S * E * D * H                # operations
+    thin = (S + E) * D * H * W.element_size()                        # bytes that a product of W and θ touches
     calls = {
-        'dense: y = x W, dx = dy Wᵀ, dW = xᵀ dy': (1, 3 * big, (x, dy, w), lambda: (
+        'dense: y = x W, dx = dy Wᵀ, dW = xᵀ dy': (1, 3 * big, 0, lambda: (
             x.flatten(0, 1) @ w, dy.flatten(0, 1) @ w.T, x.flatten(0, 1).T @ dy.flatten(0, 1))),
-        'the same for each segment': (1, 3 * big, (x, dy, W), lambda: (x @ matrices, dy @ matrices.mT, x.mT @ dy)),
-        'W = e θ, forward and again backward': (2, small, (W, theta), lambda: e @ theta),
-        'de = dW θᵀ': (1, small, (W, theta), lambda: (theta @ W.mT).mT),
-        'dθ = eᵀ dW': (1, small, (W, theta), lambda: e.mT @ W),
-        'a copy of W': (0, 0, (W, out), lambda: out.copy_(W)),
+        'the same for each segment': (1, 3 * big, 0, lambda: (x @ matrices, dy @ matrices.mT, x.mT @ dy)),
+        'W = e θ, forward and again backward': (2, small, thin, lambda: e @ theta),
+        'de = dW θᵀ': (1, small, thin, lambda: (theta @ W.mT).mT),
+        'dθ = eᵀ dW': (1, small, thin, lambda: e.mT @ W),
+        'differences of experts, in dtype': (1, 0, 0, lambda: (full - full[:1]).to(dtype)),
+        'θ in dtype, forward and again backward': (2, 0, 0, lambda: full.to(dtype)),
+        'a copy of W': (0, 0, 2 * W.numel() * W.element_size(), lambda: out.copy_(W)),
     }
     rows = []
     for name, (count, operations, touched, call) in calls.items():
@@ -145,53 +148,63 @@ def products(config, batch, device, dtype, rounds):
             call()
             times.append(clock(device) - t)
         ms = statistics.median(times[2:]) * 1000
-        rows.append(dict(product=name, calls=count, ms=ms, gflop_s=operations / ms / 1e6,
-                         gb_s=sum(t.numel() * t.element_size() for t in touched) / ms / 1e6))
+        rows.append(dict(product=name, calls=count, ms=ms, gflop_s=operations / ms / 1e6, gb_s=touched / ms / 1e6))
+    return rows
+
+
+def measure(names, config, batch, device, dtype, rounds, compiled):
+    """Alternating steps of these variants, dense the first of them. -> a row each"""
+    subjects = [Subject(name, config | VARIANTS[name], batch, device, dtype, compiled) for name in names]
+    for subject in subjects:                                         # warm up, and compile
+        subject.step()
+        subject.step()
+        subject.times.clear()
+    for _ in range(rounds):                                          # alternating, so that drift hits all alike
+        for subject in subjects:
+            subject.step()
+    dense, L = subjects[0], subjects[0].model.config.block_size
+    card = next((p for name, p in PEAK.items() if 'cuda' in device and name in torch.cuda.get_device_name()), None)
+    rows = []
+    for subject in subjects:
+        total = [sum(t) for t in subject.times]
+        ratios = [sum(d) / t for d, t in zip(dense.times, total)]    # round by round, then the median
+        quartiles = statistics.quantiles(ratios, n=4)
+        parts = [statistics.median(t) * 1000 for t in zip(*subject.times)]
+        flops = subject.model.flops_per_token(L)
+        speed = batch * L / statistics.median(total)
+        rows.append(dict(variant=subject.name, params=subject.model.num_params(), tok_s=speed,
+                         ratio=statistics.median(ratios), ratio_q1=quartiles[0], ratio_q3=quartiles[2],
+                         bound=dense.model.flops_per_token(L) / flops,
+                         forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2], flops_per_token=flops,
+                         utilization=card and speed * flops / card))
+    for subject, row in zip(subjects, rows):                         # last, for dense's times must stay as they are
+        row['peak_mb'] = subject.peak_memory() / 1e6
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', nargs='+', default=['default', 'width256'], choices=SIZES)
-    parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, help="beside dense; default: the size's own")
     parser.add_argument('--rounds', type=int, default=11, help='timed steps of each variant')
-    parser.add_argument('--batch', type=int, default=0, help='sequences a step; 0: the size\'s own')
+    parser.add_argument('--batch', type=int, default=0, help="sequences a step; 0: the size's own")
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', default='auto')
     parser.add_argument('--compile', action='store_true')
     args = parser.parse_args()
     device, dtype = pick_device(args)
     keep_memory(device)
+    torch._dynamo.config.recompile_limit = 64                        # every variant is a shape of its own
     for size in args.size:
-        config, batch = SIZES[size]
+        config, batch, names = SIZES[size]
         batch = args.batch or batch
-        subjects = [Subject(name, config | VARIANTS[name], batch, device, dtype, args.compile) for name in args.variants]
-        for subject in subjects:                                     # warm up, and compile
-            subject.step()
-            subject.step()
-            subject.times.clear()
-        for _ in range(args.rounds):                                 # alternating, so that drift hits all alike
-            for subject in subjects:
-                subject.step()
-        tokens = batch * subjects[0].model.config.block_size
-        rows, dense = [], None
-        for subject in subjects:
-            total = [sum(t) for t in subject.times]
-            dense = dense or total
-            ratios = [d / t for d, t in zip(dense, total)]           # round by round, then the median
-            quartiles = statistics.quantiles(ratios, n=4)
-            parts = [statistics.median(t) * 1000 for t in zip(*subject.times)]
-            c = subject.model.config
-            flops = subject.model.flops_per_token(c.block_size)
-            speed = tokens / statistics.median(total)
-            card = next((p for name, p in PEAK.items() if 'cuda' in device and name in torch.cuda.get_device_name()), None)
-            rows.append(dict(variant=subject.name, params=subject.model.num_params(), tok_s=speed,
-                             ratio=statistics.median(ratios), ratio_q1=quartiles[0], ratio_q3=quartiles[2],
-                             bound=subjects[0].model.flops_per_token(c.block_size) / flops,
-                             forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2],
-                             peak_mb=subject.peak_memory() / 1e6, flops_per_token=flops,
-                             utilization=card and speed * flops / card))
-        print(f'\n{size}: {config}, {batch} x {subjects[0].model.config.block_size} tokens a step, {device}, {dtype}, '
+        names = list(dict.fromkeys(['dense', *(args.variants or names)]))
+        rows = []
+        # All side by side, but at the paper's size, where 32 experts leave room for dense alone.
+        for group in [['dense', name] for name in names[1:]] if size == 'paper' else [names]:
+            rows += measure(group, config, batch, device, dtype, args.rounds, args.compile)[bool(rows):]
+        shape = LoryConfig(**config)
+        print(f'\n{size}: {config}, {batch} x {shape.block_size} tokens a step, {device}, {dtype}, '
               f'{torch.get_num_threads()} threads, compiled {args.compile}, medians of {args.rounds} rounds')
         print(f'{"variant":18} {"params":>12} {"tok/s":>9} {"of dense":>8} {"quartiles":>13} {"bound":>6} {"forward":>8} '
               f'{"backward":>8} {"optim":>6} {"peak MB":>8} {"util":>5}')
@@ -202,20 +215,21 @@ def main():
         # Extra time a step, E experts over dense, as a fixed part and a part per expert: least squares over E.
         by = {r['variant']: sum(r[k] for k in ('forward_ms', 'backward_ms', 'optimizer_ms')) for r in rows}
         E = [E for E in (2, 8, 16, 32) if f'E={E}' in by]
-        if len(E) > 1 and 'dense' in by:
+        if len(E) > 1:
             slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
             print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, of {by["dense"]:.1f} ms')
-        parts = products(subjects[0].model.config, batch, device, dtype, args.rounds)
+        parts = products(shape, batch, device, dtype, args.rounds)
         for r in parts:
             print(f'{r["product"]:40} {r["calls"]} x {r["ms"]:8.2f} ms {r["gb_s"]:8.1f} GB/s {r["gflop_s"]:9.0f} GFLOP/s')
+        if args.variants:
+            continue
         result = dict(size=size, config=config, batch=batch, device=torch.cuda.get_device_name() if 'cuda' in device else
                       f'{platform.machine()}, {torch.get_num_threads()} threads', dtype=str(dtype), compiled=args.compile,
-                      torch=torch.__version__, rounds=args.rounds, rows=rows,
-                      products=parts)
+                      torch=torch.__version__, rounds=args.rounds, rows=rows, products=parts)
         with lory.atomic_open(f'{HERE}/bench-{size}-{device.split(":")[0]}.json', 'w') as f:
             json.dump(result, f, indent=1)
-        del subjects
-    draw()
+    if not args.variants:
+        draw()
 
 
 def draw():
