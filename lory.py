@@ -33,8 +33,9 @@ One letter, one meaning, here and in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')       nh  n_head
     T  segment_len                 E  n_experts                               hs  head size, D / nh
     N  segments, ceil(L / T)       θ  the stacked expert weights (E, ., .)    S  merged FFNs at work, B * N in training
+    e  routing weights (Eq. 3)     C  tokens an expert takes (Sec. 5.3)       in, out  D and H, or H and D
 
-Read it top to bottom: config, routing and merging, the LLaMA-style decoder around them, what generation remembers, the
+Read it top to bottom: config, merging, routing, the LLaMA-style decoder around them, what generation remembers, the
 model, dense warm-up, and last what the scripts share.
 """
 import math
@@ -95,7 +96,7 @@ class LoryConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The idea, on one screen: merge the experts (Sec. 2.2), route each segment by the one before (Sec. 3.1, Algorithm 1).
+# Merging experts (Sec. 2.2), a matrix product, and a derivative that does not keep what it made.
 
 def merge(e, theta):
     """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)"""
@@ -130,7 +131,11 @@ class MergedLinear(torch.autograd.Function):
         return dx, de, (e_low.mT @ dW).view_as(theta)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The idea, on one screen: route each segment by the one before (Sec. 3.1, Algorithm 1), merge, run.
+
 def swiglu(x, gate, up, down):
+    """The FFN (arXiv:2002.05202). x (..., D), gate and up (..., D, H), down (..., H, D) -> (..., D)"""
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -165,7 +170,7 @@ class LoryFFN(nn.Module):
             first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)             # (B, 1, E)
         # What the last segment says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the first one only.
         later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
-        return torch.cat([first, later], 1)
+        return torch.cat([first, later], 1)                          # (B, N, E)
 
     def merged(self, e):
         """The FFNs that e (S, E) makes of the experts: [gate (S, D, H), up (S, D, H), down (S, H, D)]."""
@@ -180,7 +185,7 @@ class LoryFFN(nn.Module):
         return MergedLinear.apply(h, e, self.down).view(x.shape)
 
     def forward(self, x):
-        """(B, L, D) -> output (B, L, D), routing weights (B, N, E)."""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E)."""
         B, L, D = x.shape
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
@@ -188,14 +193,14 @@ class LoryFFN(nn.Module):
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
         # Only the last segment can be short, and only when N > 1, where its mean routes nothing: padding is harmless.
         if N * T > L:
-            x = F.pad(x, (0, 0, 0, N * T - L))
+            x = F.pad(x, (0, 0, 0, N * T - L))                       # (B, N * T, D)
         x = x.view(B, N, T, D)
         e = self.route(x)                                            # (B, N, E)
         return self.run(x, e).view(B, N * T, D)[:, :L], e
 
 
 class ExpertChoiceFFN(LoryFFN):
-    """The sparse baseline: token-level Expert Choice (arXiv:2202.09368), capacity factor 1. Same weights, no merging.
+    """The sparse baseline: token-level Expert Choice (Sec. 5.3; arXiv:2202.09368), capacity factor 1. No merging.
 
     In training each expert takes the L/E tokens of a sequence that want it most, so the load is even by construction.
     But whether a token is taken then depends on tokens after it. A language model must be judged without that, so in
@@ -211,12 +216,12 @@ class ExpertChoiceFFN(LoryFFN):
             share, token = score.mT.topk(C)                          # (B, E, C) both
             at = token.view(B, E * C, 1).expand(-1, -1, D)           # (B, E * C, D)
             taken = x.gather(1, at).view(B, E, C, D).transpose(0, 1).flatten(1, 2)    # (E, B * C, D)
-            made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)
+            made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)   # (B, E, C, D)
             y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))
         else:
             share, best = score.max(-1)                              # (B, L) both
             for i in range(E):
-                mine = best == i
+                mine = best == i                                     # (B, L)
                 y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * share[mine][:, None]).to(y.dtype)
         return y, score.mean(1, keepdim=True)                        # (B, L, D), (B, 1, E)
 
@@ -225,9 +230,9 @@ class ExpertChoiceFFN(LoryFFN):
 # The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases.
 
 def rotation(pos, hs):
-    """Rotary position embedding: channel pair i at position pos turns by the angle pos * 10000^(-2i/hs), so that the
-    product of a query and a key depends on their distance alone. pos (L,), or (B, 1) in decoding -> cos, sin, which
-    broadcast to (B, nh, L, hs/2)."""
+    """Rotary position embedding (arXiv:2104.09864): channel pair i at position pos turns by the angle
+    pos * 10000^(-2i/hs), so that the product of a query and a key depends on their distance alone.
+    pos (L,), or (B, 1) in decoding -> cos, sin, which broadcast to (B, nh, L, hs/2)."""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)               # (hs/2,)
     angle = (pos[..., None] * freq).unsqueeze(-3)                    # (1, L, hs/2), or (B, 1, 1, hs/2)
     return angle.cos(), angle.sin()
@@ -235,7 +240,7 @@ def rotation(pos, hs):
 
 def rotate(x, cos, sin):
     """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs)."""
-    a, b = x.chunk(2, -1)
+    a, b = x.chunk(2, -1)                                            # (B, nh, L, hs/2) both
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
@@ -247,7 +252,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, cache=None):                          # cache: None in training, a Cache in generation
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -255,7 +260,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)               # (B, nh, L, hs)
         else:
             y = cache.attend(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+        return self.proj(y.transpose(1, 2).reshape(B, L, D))         # (B, L, D)
 
 
 class Block(nn.Module):
@@ -317,9 +322,9 @@ class Cache:
             if not self.reroute:
                 self.e = ffn.weights(x.mean(1))[:, None]             # (B, 1, E), the prompt routes once (Sec. 3.1)
                 self.ffn = ffn.merged(self.e[:, 0])
-                y = swiglu(x, *self.ffn)                             # (B, L, D) @ (B, D, H)
+                y = swiglu(x, *self.ffn)                             # (B, L, D)
             else:
-                y, self.e = ffn(x)
+                y, self.e = ffn(x)                                   # (B, L, D), (B, N, E), each segment anew (G.2)
                 self.ffn = ffn.merged(self.e[:, -1])
             self.total = x[:, (x.shape[1] - 1) // T * T:].sum(1)     # (B, D), over the prompt's last segment
             return y, self.e
@@ -344,7 +349,7 @@ def sample(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         # Keep the likeliest tokens until they hold top_p of the probability, the one that reaches it included.
-        p, order = logits.softmax(-1).sort(-1, descending=True)
+        p, order = logits.softmax(-1).sort(-1, descending=True)      # (B, V) both
         drop = p.cumsum(-1) - p >= top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
@@ -370,7 +375,7 @@ class Lory(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's: normal of std 0.02, less for what writes into the residual stream. Router biases start at zero, so
-        the prior starts uniform; router weights must not, or equal experts would stay equal (see `upcycle`)."""
+        the prior starts uniform; router weights must not, or experts that start equal would stay equal."""
         for name, p in self.named_parameters():
             if name.endswith('router.bias'):
                 p.zero_()
@@ -378,16 +383,16 @@ class Lory(nn.Module):
                 residual = name.endswith(('proj.weight', 'ffn.down'))
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def trunk(self, idx, pos, cache=None):
+    def trunk(self, idx, pos, caches=None):
         """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, n_layer, N, E)."""
         x, weights = self.embed(idx), []
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
-        for block, memory in zip(self.blocks, cache or [None] * len(self.blocks)):
-            if memory is not None:
-                memory.pos = pos
-            x, e = block(x, rope, memory)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            if cache is not None:
+                cache.pos = pos
+            x, e = block(x, rope, cache)                             # (B, L, D), (B, N, E)
             weights.append(e)
-        return self.norm(x), torch.stack(weights, 1)
+        return self.norm(x), torch.stack(weights, 1)                 # (B, L, D), (B, n_layer, N, E)
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64 with any L >= 1; targets of -1 are not counted.
@@ -417,6 +422,14 @@ class Lory(nn.Module):
             n += p.numel() // E if active and name.endswith(('ffn.gate', 'ffn.up', 'ffn.down')) else p.numel()
         return n
 
+    def flops_per_token(self, L):
+        """Model FLOPs of a training step: a multiply-add counts two and the backward pass twice the forward, so 6 for
+        each parameter the token meets (the embedding is a look-up), 6 D L a layer for causal attention, and 6 E/T for
+        each parameter of the FFN for the merge (App. B). As usual, what is computed again is not counted."""
+        c, ffn = self.config, 3 * self.config.n_embd * self.config.ffn_hidden
+        merging = ffn * c.n_experts / min(c.segment_len, L) if c.n_experts > 1 and c.routing != 'expert_choice' else 0
+        return 6 * (c.n_layer * (4 * c.n_embd**2 + ffn + merging + c.n_embd * L) + c.n_embd * c.vocab_size)
+
     # Generation. Everything below runs on what Cache remembers.
 
     @torch.no_grad()
@@ -428,14 +441,14 @@ class Lory(nn.Module):
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens; this model reads 1 to block_size={self.config.block_size}.')
-        cache = [Cache(self.config.block_size, reroute) for _ in self.blocks]
-        x, e = self.trunk(idx, torch.arange(L, device=idx.device), cache)
-        return self.head(x[:, -1]), e, cache
+        caches = [Cache(self.config.block_size, reroute) for _ in self.blocks]
+        x, e = self.trunk(idx, torch.arange(L, device=idx.device), caches)
+        return self.head(x[:, -1]), e, caches
 
     @torch.no_grad()
-    def decode(self, token, pos, cache):
+    def decode(self, token, pos, caches):
         """Read one more token (B,) of each sequence, at positions pos (B,). -> logits of the next token (B, V)"""
-        return self.head(self.trunk(token[:, None], pos[:, None], cache)[0][:, -1])
+        return self.head(self.trunk(token[:, None], pos[:, None], caches)[0][:, -1])
 
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, reroute=False):
         """Continue `prompts`, a tensor (B, L) or a list of B one-dimensional tensors of any lengths; yields the next
@@ -445,14 +458,14 @@ class Lory(nn.Module):
         segment grid stays where it is.
         """
         # Prompts are read one by one, so that no padding enters a mean; decoding, where the time goes, is batched.
-        logits, _, caches = zip(*(self.prefill(p[None], reroute) for p in prompts))
-        logits, cache = torch.cat(logits), [Cache.stack(layer) for layer in zip(*caches)]
+        logits, _, single = zip(*(self.prefill(p[None], reroute) for p in prompts))
+        logits, caches = torch.cat(logits), [Cache.stack(layer) for layer in zip(*single)]   # (B, V), one a layer
         pos = torch.tensor([len(p) for p in prompts], device=logits.device)           # (B,)
         for i in range(max_new_tokens):
             token = sample(logits, temperature, top_k, top_p)
             yield token
             if i < max_new_tokens - 1:
-                logits, pos = self.decode(token, pos, cache), pos + 1
+                logits, pos = self.decode(token, pos, caches), pos + 1
 
     def generate(self, prompts, max_new_tokens, **how):
         """The tokens of `stream` in one tensor, (B, max_new_tokens)."""
@@ -463,20 +476,12 @@ class Lory(nn.Module):
         each layer merged as the prompt routes them. Its logits are those of prompt-only routing."""
         if self.config.routing == 'expert_choice' and self.config.n_experts > 1:
             raise UserError('a model with routing=expert_choice merges no experts, so it cannot specialize.')
-        _, _, cache = self.prefill(idx)
+        _, _, caches = self.prefill(idx)
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
-        merged = {f'blocks.{i}.ffn.{name}': w for i, layer in enumerate(cache)
-                  for name, w in zip(('gate', 'up', 'down'), layer.ffn or ())}
+        merged = {f'blocks.{i}.ffn.{name}': w for i, cache in enumerate(caches)
+                  for name, w in zip(('gate', 'up', 'down'), cache.ffn or ())}
         dense.load_state_dict({n: merged.get(n, w) for n, w in self.state_dict().items() if '.router.' not in n})
         return dense
-
-    def flops_per_token(self, L):
-        """Model FLOPs of a training step: a multiply-add counts two and the backward pass twice the forward, so 6 for
-        each parameter the token meets (the embedding is a look-up), 6 D L a layer for causal attention, and 6 E/T for
-        each parameter of the FFN for the merge (App. B). As usual, what is computed again is not counted."""
-        c, ffn = self.config, 3 * self.config.n_embd * self.config.ffn_hidden
-        merging = ffn * c.n_experts / min(c.segment_len, L) if c.n_experts > 1 and c.routing != 'expert_choice' else 0
-        return 6 * (c.n_layer * (4 * c.n_embd**2 + ffn + merging + c.n_embd * L) + c.n_embd * c.vocab_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

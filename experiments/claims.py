@@ -30,10 +30,12 @@ GROUPS = {                                                           # in the or
     'e8': '--n_experts=8 --segment_len=64',
     'e32': '--n_experts=32 --segment_len=64',
     'e8 T256': '--n_experts=8 --segment_len=256',
+    'e8 T512': '--n_experts=8 --segment_len=512',
     # Training documents in random order; what is held out stays the same.
     'dense shuffled': '--n_experts=1 --dataset=shuffled',
     'e8 shuffled': '--n_experts=8 --segment_len=64 --dataset=shuffled',
     'e8 T256 shuffled': '--n_experts=8 --segment_len=256 --dataset=shuffled',
+    'e8 T512 shuffled': '--n_experts=8 --segment_len=512 --dataset=shuffled',
     # 2.5 times as much text, so that 24.6M tokens are 1.2 epochs and not 3.
     'dense big': '--n_experts=1 --dataset=big',
     'e8 big': '--n_experts=8 --segment_len=64 --dataset=big',
@@ -65,8 +67,8 @@ DATASETS = {                                                         # the flags
     'big': '--mb_per_domain=15',
 }
 TABLES = {                                                           # title -> (baseline, groups compared with it)
-    'Dense against experts': ('dense', ['e8 T256', 'e8', 'e32']),
-    'Shuffled order': ('dense shuffled', ['e8 T256 shuffled', 'e8 shuffled']),
+    'Dense against experts': ('dense', ['e8 T512', 'e8 T256', 'e8', 'e32']),
+    'Shuffled order': ('dense shuffled', ['e8 T512 shuffled', 'e8 T256 shuffled', 'e8 shuffled']),
     'More text': ('dense big', ['e8 big', 'e32 big']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
