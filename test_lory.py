@@ -1142,26 +1142,29 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(run_home, mon
     same_run(run_home / 'whole', run_home / out)
 
 
-def test_best_is_the_best_validation(run_home, monkeypatch):
-    """ckpt.pt is the latest, best.pt the best, also of what stood before a resumption."""
-    real, seen = train.evaluate, []
+@pytest.mark.parametrize('rule, judged', [('prior', 0), ('self', 1)])
+def test_best_is_the_best_validation(run_home, monkeypatch, rule, judged):
+    """ckpt.pt is the latest, best.pt the best, also of what stood before a resumption; under the paper's rule, where
+    segment 1 sees ahead, the best after segment 1."""
+    real, seen, out = train.evaluate, [], f'--out_dir=best-{rule}'
 
     def evaluate(*a):
         seen.append(1)
         sums, routing = real(*a)
-        return sums * torch.tensor([{2: 0.5, 4: 0.6}.get(len(seen), 1.0), 1, 1]), routing
+        sums[:, judged, 0] *= {2: 0.5, 4: 0.6}.get(len(seen), 1.0)
+        return sums, routing
     monkeypatch.setattr(train, 'evaluate', evaluate)
 
     def steps():
-        return [load_checkpoint(run_home / f'best/{name}.pt')[1]['step'] for name in ('best', 'ckpt')]
-    run_script(train, run_home, *TINY, '--out_dir=best', '--max_iters=25')
+        return [load_checkpoint(run_home / f'best-{rule}/{name}.pt')[1]['step'] for name in ('best', 'ckpt')]
+    run_script(train, run_home, *TINY, out, '--max_iters=25', f'--first_segment={rule}')
     assert steps() == [10, 25]
-    run_script(train, run_home, '--out_dir=best', '--init_from=resume', '--max_iters=30')
+    run_script(train, run_home, out, '--init_from=resume', '--max_iters=30')
     assert len(seen) == 5 and steps() == [10, 30]
-    os.remove(run_home / 'best/ckpt.pt')                             # lost: nothing overwrites the run, best.pt takes it up
+    os.remove(run_home / f'best-{rule}/ckpt.pt')                     # lost: nothing overwrites the run, best.pt takes it up
     with pytest.raises(UserError, match='resume'):
-        run_script(train, run_home, *TINY, '--out_dir=best')
-    run_script(train, run_home, '--out_dir=best', '--init_from=resume', '--max_iters=12')
+        run_script(train, run_home, *TINY, out)
+    run_script(train, run_home, out, '--init_from=resume', '--max_iters=12')
     assert steps()[1] == 12
 
 

@@ -160,7 +160,8 @@ def evaluate(model, windows, token_bytes, args, device, autocast):
     """Validation per domain, every time on the same windows.
 
     Returns a float64 tensor (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions and [:, 1] after
-    segment 1, and the routing weights averaged per domain over the segments after the first, (n_domains, n_layer, E).
+    segment 1, and the routing weights averaged per domain (Sec. 5.4) over the segments after the first, (n_domains,
+    n_layer, E).
     """
     model.eval()
     sums = torch.zeros(len(windows), 2, 3, dtype=torch.float64)      # on the CPU: mps has no float64
@@ -385,7 +386,7 @@ def main(argv=None):
         if ckpt['data'] != identity:
             raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
                             'before, or start another run with another --out_dir.')
-        step, rows, since, loss_sum, active = ckpt['step'], ckpt['rows'], *ckpt['since_line']
+        step, rows, since, loss_sum, in_use = ckpt['step'], ckpt['rows'], *ckpt['since_line']
     else:
         if args.init_from == 'scratch':
             model = Lory(replace(config, n_experts=1) if dense_steps else config)
@@ -393,7 +394,7 @@ def main(argv=None):
             # A dense one may become experts, as in upcycling.
             raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
                             'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')
-        step, rows, since, loss_sum, active = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
+        step, rows, since, loss_sum, in_use = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
         optimizer.load_state_dict(ckpt['optimizer'])
@@ -433,9 +434,12 @@ def main(argv=None):
         f'{str(dtype)[6:]}{", sharded" if args.shard else ""}')
     if step < dense_steps and model.config.n_experts == 1:
         say(f'          the first {dense_steps} steps dense: {model.num_params():,} parameters')
-    seconds, timed = 0.0, 0                                          # spent on that many steps since the last log line
-    active = active.to(device)                                       # experts in use since then, as `loss_sum` sums the loss
-    counted = config.n_experts > 2 and config.routing != 'expert_choice'   # no weight exceeds 2/2; tokens are not merged
+    seconds, timed = 0.0, 0                                          # seconds and steps since the last log line
+    in_use = in_use.to(device)                                       # (n_layer, E), 1 for an expert in use since then
+    # Of two experts neither can exceed 2/E; expert choice merges none; the only segment is routed by no text.
+    counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
+    # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
+    judged = 'later_bpb' if config.first_segment == 'self' and config.segment_len < config.block_size else 'val_bpb'
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
     pieces = itertools.count(step * args.gradient_accumulation_steps)
@@ -446,10 +450,10 @@ def main(argv=None):
     def save(is_best=False, routing=None):
         """Leave the run's state in out_dir. All ranks gather it, and wait until rank 0 has written it."""
         if world > 1:
-            dist.all_reduce(active, dist.ReduceOp.MAX)
+            dist.all_reduce(in_use, dist.ReduceOp.MAX)
         # The ranks draw alike, so one random state serves them all.
         state = dict(config=model.config, state=gather(model.state_dict()), optimizer=gather(optimizer.state_dict()),
-                     args=vars(args), step=step, rows=rows, since_line=(since, loss_sum, active.cpu()),
+                     args=vars(args), step=step, rows=rows, since_line=(since, loss_sum, in_use.cpu()),
                      scaler=scaler.state_dict(), rng=torch.get_rng_state(), data=identity, tokenizer=data.tokenizer)
         if rank == 0:                                                # ckpt.pt comes last: killed before, all is made again
             if is_best:
@@ -489,11 +493,12 @@ def main(argv=None):
                         f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
             rows.append(row)
             later = f', {row["later_bpb"]:.4f} after segment 1' if args.segment_len < args.block_size else ''
+            later += ', which sees ahead' if config.first_segment == 'self' and config.n_experts > 1 else ''
             say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte{later} | ' +
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
-            save(row['val_bpb'] == min(r['val_bpb'] for r in rows if 'val_bpb' in r), routing)
+            save(row[judged] == min(r[judged] for r in rows if judged in r), routing)
         if last:
             break
 
@@ -512,7 +517,7 @@ def main(argv=None):
             loss[0] += piece.detach() / args.gradient_accumulation_steps
             # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1), all ones.
             if model.config.n_experts > 1:
-                active = active.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
+                in_use = in_use.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -531,20 +536,19 @@ def main(argv=None):
         # --- report ---
         if step % args.log_interval == 0:
             if world > 1:
-                dist.all_reduce(active, dist.ReduceOp.MAX)
+                dist.all_reduce(in_use, dist.ReduceOp.MAX)
             per_step, loss = seconds / timed, loss_sum / (step - since)  # both are means since the last line
             rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * per_step,
-                             tok_s=tokens_per_step / per_step, experts=active.mean().item()))
+                             tok_s=tokens_per_step / per_step, experts=in_use.mean().item() if counted else ''))
             left = int(per_step * (args.max_iters - step))
-            in_use = f'experts in use {100 * active.mean():3.0f}% | ' if counted and model.config.n_experts > 1 else ''
+            extra = f'experts in use {100 * in_use.mean():3.0f}% | ' if counted and model.config.n_experts > 1 else ''
             if 'cuda' in device:
                 flops = tokens_per_step / per_step * model.flops_per_token(args.block_size) / world
-                in_use += f'mfu {f"{100 * flops / peak:.0f}%" if peak else "n/a"} | ' \
-                          f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
+                extra += f'mfu {f"{100 * flops / peak:.0f}%" if peak else "n/a"} | ' \
+                         f'{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
             say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | {1000 * per_step:6.0f} ms'
-                f' | {tokens_per_step / per_step:8,.0f} tok/s | {in_use}'
-                f'{left // 60}:{left % 60:02d} left')
-            seconds, timed, since, loss_sum, active = 0.0, 0, step, 0.0, torch.zeros_like(active)
+                f' | {tokens_per_step / per_step:8,.0f} tok/s | {extra}{left // 60}:{left % 60:02d} left')
+            seconds, timed, since, loss_sum, in_use = 0.0, 0, step, 0.0, torch.zeros_like(in_use)
 
         if stop:
             save()
