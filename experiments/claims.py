@@ -123,17 +123,18 @@ def report(rows):
         bases = last(base, rows)
         if not bases:
             continue
-        print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte |\n|' + '---|' * (len(domains) + 2))
+        print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte | change |\n|' + '---|' * (len(domains) + 3))
         print(f'| {base}, perplexity | ' + ' | '.join(show([float(r[f'ppl_{d}']) for r in bases.values()], '.2f') for d in domains)
-              + f' | {show([float(r["val_bpb"]) for r in bases.values()], ".3f")} |')
+              + f' | {show([float(r["val_bpb"]) for r in bases.values()], ".3f")} | |')
         for group in groups:
             runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
             note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
             # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
             for later in () if not runs else ('', 'later_') if 'T256' in group else ('',):
+                bpb = 'later_bpb' if later else 'val_bpb'
                 print(f'| {group}{note}{", after segment 1" if later else ""} | '
                       + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f")}%' for d in domains)
-                      + f' | {show([float(r[later + "bpb" if later else "val_bpb"]) for r in runs.values()], ".3f")} |')
+                      + f' | {show([float(r[bpb]) for r in runs.values()], ".3f")} | {show(change(runs, bases, bpb), "+.2f")}% |')
 
 
 def change(runs, bases, name):

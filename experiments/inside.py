@@ -2,7 +2,8 @@
 Inside trained Lorys: what the experts specialise in, how evenly they are used, and what segment 1 sees ahead.
 
     python experiments/inside.py                        the runs of claims.py: e8, e32, e8 half (self), all seeds
-    python experiments/inside.py --draw                 the picture alone, from experiments/inside.json
+
+A run that stands in experiments/inside.json is not measured again.
 
 For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the weights alone tell the
 domain of an unseen document; what each domain loses when one expert is taken away; the entropy of the weights and the
@@ -172,17 +173,16 @@ def draw(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--draw', action='store_true', help='measure nothing')
-    args = parser.parse_args()
-    path = f'{HERE}/inside.json'
-    if not args.draw:
-        runs = [f'runs/{group}-{seed}' for group in GROUPS for seed in SEEDS if os.path.exists(f'runs/{group}-{seed}/ckpt.pt')]
-        results = [measure(run) for run in runs]
-        with atomic_open(path, 'w') as f:
-            json.dump(results, f, indent=1)
-    with open(path) as f:
-        results = json.load(f)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    path, results = f'{HERE}/inside.json', []
+    if os.path.exists(path):
+        with open(path) as f:
+            results = json.load(f)
+    for run in (f'{group}-{seed}' for group in GROUPS for seed in SEEDS):
+        if os.path.exists(f'runs/{run}/ckpt.pt') and run not in [r['run'] for r in results]:
+            results.append(measure(f'runs/{run}'))
+            with atomic_open(path, 'w') as f:
+                json.dump(results, f, indent=1)
     for r in results:
         s = {name: np.mean(curve) for name, curve in r['segment_one'].items()}
         print(f'{r["run"]:14} domain told {r["domain_accuracy"]:.2f} | entropy {r["entropy"]:.2f}, of the mean '
