@@ -35,6 +35,9 @@ One letter, one meaning, here and in every shape comment:
     N  segments, ceil(L / T)       θ  the stacked expert weights (E, ., .)    S  merged FFNs at work, B * N in training
     e  routing weights (Eq. 3)     C  tokens an expert takes (Sec. 5.3)       in, out  D and H, or H and D
 
+Where it departs from the paper it says so: a prior routes segment 1, from a bias that the paper's router lacks
+(`LoryFFN.route`), the last segment may be short (`LoryFFN.forward`), embeddings are tied by default.
+
 Read it top to bottom: config, merging, routing, the LLaMA-style decoder around them, what generation remembers, the
 model, dense warm-up, and last what the scripts share.
 """
