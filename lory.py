@@ -417,13 +417,9 @@ class Lory(nn.Module):
 
     def num_params(self, active=False):
         """Parameters, or the active ones: what one token meets, its merged FFN counted once and the router left out."""
-        E = self.config.n_experts
-        n = 0
-        for name, p in self.named_parameters():
-            if active and '.router.' in name:
-                continue
-            n += p.numel() // E if active and name.endswith(('ffn.gate', 'ffn.up', 'ffn.down')) else p.numel()
-        return n
+        E = self.config.n_experts if active else 1                   # only experts are stacked, (E, ., .)
+        return sum(p.numel() // (E if p.dim() == 3 else 1) for name, p in self.named_parameters()
+                   if not (active and '.router.' in name))
 
     def flops_per_token(self, L):
         """Model FLOPs of a training step: a multiply-add counts two and the backward pass twice the forward, so 6 for
