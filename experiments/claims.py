@@ -150,19 +150,23 @@ def draw(rows):
     import matplotlib.pyplot as plt
     domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
     fig, ((by_domain, by_order), (by_size, use)) = plt.subplots(2, 2, figsize=(11, 7.6), layout='constrained')
-    for a, groups in ((by_domain, [('dense', 'e8 T256', '8 experts, T = 256'), ('dense', 'e8', '8 experts, T = 64'),
-                                   ('dense', 'e32', '32 experts, T = 64')]),
-                      (by_order, [('dense', 'e8 T256', 'chained, T = 256'), ('dense shuffled', 'e8 T256 shuffled', 'shuffled, T = 256'),
-                                  ('dense', 'e8', 'chained, T = 64'), ('dense shuffled', 'e8 shuffled', 'shuffled, T = 64')])):
-        for k, (base, group, name) in enumerate(groups):
-            for i, d in enumerate(domains):
-                dots = change(last(group, rows), last(base, rows), f'ppl_{d}')
-                a.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
-        a.set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
-    by_order.set(ylim=by_domain.get_ylim())
-    for size, name in (('', '2 layers, width 64'), (' width 32', 'width 32'), (' H 512', 'H = 512'), (' 4 layers', '4 layers')):
+    for k, (group, name) in enumerate((('e8 T256', '8 experts, T = 256'), ('e8', '8 experts, T = 64'), ('e32', '32 experts, T = 64'))):
+        for i, d in enumerate(domains):
+            dots = change(last(group, rows), last('dense', rows), f'ppl_{d}')
+            by_domain.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
+    by_domain.set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
+    for k, order in enumerate(('', ' shuffled')):
+        for T in (64, 256, 512):
+            dots = change(last((f'e8 T{T}' if T > 64 else 'e8') + order, rows), last('dense' + order, rows), 'val_bpb')
+            by_order.plot([T * (1, 1.08)[k]] * len(dots), dots, 'o', ms=5, color=f'C{k}',
+                          label=('chained', 'shuffled')[k] if T == 64 else None)
+    by_order.set(xlabel='T (8 experts)', ylabel='bits per byte against dense\nin the same order, %', xscale='log')
+    by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
+    by_order.minorticks_off()
+    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
+                        ('half H 512', 'H = 512'), ('half 4 layers', '4 layers')):
         dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows
-                           if r['group'] == f'{kind} half{size}' and r['val_bpb']} for kind in ('dense', 'e8'))
+                           if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
         gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense] for step in steps]
         by_size.errorbar([step * 4096 / 1e6 for step in steps], [statistics.mean(g) for g in gain],
