@@ -382,6 +382,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = replace(config, vocab_size=vocab_size)
     dense_steps = int(args.dense_warmup * args.max_iters) if config.n_experts > 1 else 0
+    # What a run carries on: its step, the rows of log.csv, and since the last log line, at step `since`, the sum of its
+    # losses and which experts were in use.
     if args.init_from == 'resume':
         if ckpt['data'] != identity:
             raise UserError(f'data/{args.dataset} is not what the run in {args.out_dir} was trained on: prepare it as '
@@ -435,7 +437,7 @@ def main(argv=None):
     if step < dense_steps and model.config.n_experts == 1:
         say(f'          the first {dense_steps} steps dense: {model.num_params():,} parameters')
     seconds, timed = 0.0, 0                                          # seconds and steps since the last log line
-    in_use = in_use.to(device)                                       # (n_layer, E), 1 for an expert in use since then
+    in_use = in_use.to(device)                                       # (n_layer, E), 1 for an expert in use
     # Of two experts neither can exceed 2/E; expert choice merges none; the only segment is routed by no text.
     counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
     # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
