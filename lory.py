@@ -123,7 +123,8 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):                                           # (S, T, out)
         x, e, theta = ctx.saved_tensors
         e_low = e.to(x.dtype)                                        # (S, E), in bfloat16 under autocast
-        dx = dy @ merge(e_low, theta.to(x.dtype)).mT                 # (S, T, in)
+        # Wᵀ from θᵀ, not W turned: torch.compile would know that product from the forward pass, and keep it after all.
+        dx = dy @ merge(e_low, theta.mT.to(x.dtype))                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
         # The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than bfloat16
         # resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.

@@ -134,14 +134,21 @@ def test_bfloat16_autocast_stays_near_the_float32_formula(apart):
         assert rounded.dtype == (torch.bfloat16 if name == 'y' else torch.float32)
 
 
-def test_merged_weights_are_not_kept_for_backward():
+@pytest.mark.filterwarnings('ignore:.*script_method:DeprecationWarning')   # torch's own
+@pytest.mark.parametrize('backend', [None, 'aot_eager_decomp_partition'])   # the latter: torch.compile without a C++ compiler
+def test_merged_weights_are_not_kept_for_backward(backend):
     """The saved tensors of a merged layer must not grow with the number of segments times the expert size."""
-    ffn = LoryFFN(small(n_embd=32, ffn_hidden=512, block_size=64, segment_len=1))
-    x = torch.randn(2, 64, 32, requires_grad=True)
+    torch._dynamo.reset()
+    ffn = sharp(LoryFFN(small(n_embd=32, ffn_hidden=512, block_size=64, segment_len=1)))
+    run = torch.compile(ffn, backend=backend) if backend else ffn
+    x = torch.randn(2, 64, 32, dtype=torch.float64, requires_grad=True)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        ffn(x)
+        y = run(x)[0]
     assert max(sizes) < 2 * 64 * 32 * 512 / 10, 'a merged copy of the experts was saved for every segment'
+    ours, plain = (torch.autograd.grad(z.square().sum(), [x, *ffn.parameters()]) for z in (y, ffn(x)[0]))
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b)
 
 
 def test_duplicated_experts_equal_dense_for_any_weights():

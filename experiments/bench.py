@@ -4,9 +4,9 @@ What do merged experts cost? Training steps of Lory against its dense baseline, 
     python experiments/bench.py                     the default size and width 256, on this machine's CPU or GPU
     python experiments/bench.py --size paper --compile        the paper's 0.3B shape, for a GPU: bf16, L 4096
 
-Beside the steps it times each product that a merged matrix needs alone, to tell what the difference is made of. Writes
-experiments/bench-<size>-<device>.json and draws assets/bench.png from the default and the width-256 file; with --variants
-it only prints.
+Then it profiles the matrix products in a step of dense and of 8 experts, to tell what the difference is made of. Writes
+experiments/bench-<size>-<device>.json (with --compile fewer variants, and -compiled at the end of the name) and draws
+assets/bench.png from the default and the width-256 file; with --variants it only prints.
 """
 import argparse
 import json
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -35,23 +36,23 @@ VARIANTS = {                                                         # name -> w
     'E=8 checkpointed': dict(n_experts=8),
     'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
 }
-SIZES = {                                                            # name -> config, sequences a step, variants
-    'default': (dict(), 4, list(VARIANTS)),
-    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16, list(VARIANTS)),
-    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000),
-              4, ['dense', 'E=8', 'E=32', 'E=8 kept']),
+SIZES = {                                                            # name -> config, sequences a step
+    'default': (dict(), 4),
+    'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16),
+    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000), 4),
 }
+FEW = ['dense', 'E=8', 'E=32', 'E=8 kept']                           # at the paper's size and compiled, where each takes long
+KEPT = SimpleNamespace(apply=lambda x, e, theta: x @ lory.merge(e.to(x.dtype), theta.to(x.dtype)))   # by autograd
 FORMULAS = {                                                         # variants that run something else than MergedLinear
-    'E=8 kept': lambda x, e, theta: x @ lory.merge(e.to(x.dtype), theta.to(x.dtype)),   # autograd keeps what it makes
-    'E=8 checkpointed': lambda x, e, theta: checkpoint(FORMULAS['E=8 kept'], x, e, theta, use_reentrant=False),
+    'E=8 kept': KEPT,
+    'E=8 checkpointed': SimpleNamespace(apply=lambda *inputs: checkpoint(KEPT.apply, *inputs, use_reentrant=False)),
 }
 
 
 @contextmanager
 def formula(name):
     ours = lory.MergedLinear
-    if name in FORMULAS:
-        lory.MergedLinear = type('Formula', (), dict(apply=staticmethod(FORMULAS[name])))
+    lory.MergedLinear = FORMULAS.get(name, ours)
     try:
         yield
     finally:
@@ -119,37 +120,19 @@ class Subject:
         return peak
 
 
-def products(config, batch, device, dtype, rounds):
-    """The matrix products behind one gate or up matrix of 8 experts in a training step, each alone, beside the three
-    that dense needs and beside a copy of as much memory. -> a row each: calls a matrix, ms a call, GB/s, GFLOP/s."""
-    E, T, D, H = 8, config.segment_len, config.n_embd, config.ffn_hidden
-    S = batch * config.block_size // T
-    x, dy, W, e, theta = (torch.randn(shape, device=device, dtype=dtype) for shape in
-                          ((S, T, D), (S, T, H), (S, D * H), (S, E), (E, D * H)))
-    w, out, matrices, full = W[0].view(D, H), torch.empty_like(W), W.view(S, D, H), theta.float()
-    big, small = 2 * S * T * D * H, 2 * S * E * D * H                # operations
-    thin = (S + E) * D * H * W.element_size()                        # bytes that a product of W and θ touches
-    calls = {
-        'dense: y = x W, dx = dy Wᵀ, dW = xᵀ dy': (1, 3 * big, 0, lambda: (
-            x.flatten(0, 1) @ w, dy.flatten(0, 1) @ w.T, x.flatten(0, 1).T @ dy.flatten(0, 1))),
-        'the same for each segment': (1, 3 * big, 0, lambda: (x @ matrices, dy @ matrices.mT, x.mT @ dy)),
-        'W = e θ, forward and again backward': (2, small, thin, lambda: e @ theta),
-        'de = dW θᵀ': (1, small, thin, lambda: (theta @ W.mT).mT),
-        'dθ = eᵀ dW': (1, small, thin, lambda: e.mT @ W),
-        'differences of experts, in dtype': (1, 0, 0, lambda: (full - full[:1]).to(dtype)),
-        'θ in dtype, forward and again backward': (2, 0, 0, lambda: full.to(dtype)),
-        'a copy of W': (0, 0, 2 * W.numel() * W.element_size(), lambda: out.copy_(W)),
-    }
-    rows = []
-    for name, (count, operations, touched, call) in calls.items():
-        times = []
-        for _ in range(rounds + 2):
-            t = clock(device)
-            call()
-            times.append(clock(device) - t)
-        ms = statistics.median(times[2:]) * 1000
-        rows.append(dict(product=name, calls=count, ms=ms, gflop_s=operations / ms / 1e6, gb_s=touched / ms / 1e6))
-    return rows
+def products(subject, steps=5):
+    """Matrix product -> what it takes in a step, ms, amid the rest of the step. On CUDA the kernels' own time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * ('cuda' in subject.device)
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        for _ in range(steps):
+            subject.step()
+    times = {}
+    for event in profile.key_averages(group_by_input_shape=True):
+        if event.key in ('aten::mm', 'aten::bmm'):
+            name = ' x '.join(str(tuple(shape)) for shape in event.input_shapes[:2])
+            own = event.self_device_time_total if 'cuda' in subject.device else event.self_cpu_time_total
+            times[name] = round(own / 1000 / steps, 3)
+    return times
 
 
 def measure(names, config, batch, device, dtype, rounds, compiled):
@@ -179,6 +162,8 @@ def measure(names, config, batch, device, dtype, rounds, compiled):
                          utilization=card and speed * flops / card))
     for subject, row in zip(subjects, rows):                         # last, for dense's times must stay as they are
         row['peak_mb'] = subject.peak_memory() / 1e6
+        if subject.name in ('dense', 'E=8'):
+            row['products'] = products(subject)
     return rows
 
 
@@ -196,9 +181,9 @@ def main():
     keep_memory(device)
     torch._dynamo.config.recompile_limit = 64                        # every variant is a shape of its own
     for size in args.size:
-        config, batch, names = SIZES[size]
+        config, batch = SIZES[size]
         batch = args.batch or batch
-        names = list(dict.fromkeys(['dense', *(args.variants or names)]))
+        names = list(dict.fromkeys(['dense', *(args.variants or (FEW if args.compile or size == 'paper' else VARIANTS))]))
         rows = []
         # All side by side, but at the paper's size, where 32 experts leave room for dense alone.
         for group in [['dense', name] for name in names[1:]] if size == 'paper' else [names]:
@@ -218,15 +203,16 @@ def main():
         if len(E) > 1:
             slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
             print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, of {by["dense"]:.1f} ms')
-        parts = products(shape, batch, device, dtype, args.rounds)
-        for r in parts:
-            print(f'{r["product"]:40} {r["calls"]} x {r["ms"]:8.2f} ms {r["gb_s"]:8.1f} GB/s {r["gflop_s"]:9.0f} GFLOP/s')
+        for r in rows:
+            for name, ms in r.get('products', {}).items():
+                print(f'{r["variant"]:8} {name:40} {ms:8.2f} ms')
         if args.variants:
             continue
         result = dict(size=size, config=config, batch=batch, device=torch.cuda.get_device_name() if 'cuda' in device else
                       f'{platform.machine()}, {torch.get_num_threads()} threads', dtype=str(dtype), compiled=args.compile,
-                      torch=torch.__version__, rounds=args.rounds, rows=rows, products=parts)
-        with lory.atomic_open(f'{HERE}/bench-{size}-{device.split(":")[0]}.json', 'w') as f:
+                      torch=torch.__version__, rounds=args.rounds, rows=rows)
+        name = f'bench-{size}-{device.split(":")[0]}{"-compiled" if args.compile else ""}.json'
+        with lory.atomic_open(f'{HERE}/{name}', 'w') as f:
             json.dump(result, f, indent=1)
     if not args.variants:
         draw()
