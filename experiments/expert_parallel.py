@@ -22,7 +22,8 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
+import torch.distributed.nn        # not left to DDP: first loaded after init_process_group, its defaults keep the group alive
+import torch.nn as nn              # past destroy_process_group, and gloo's threads can abort the interpreter's exit
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
