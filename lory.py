@@ -19,13 +19,13 @@ are read from the segment before it (Sec. 3.1, Eq. 3).
               |                    |
             router               router                              softmax                          (B, N, E)
               `---------.          `---------.
-     first rule         |                    |                       shifted by one segment
+   first_segment        |                    |                       shifted by one segment
          |              |                    |
         e_1            e_2                  e_3                      routing weights                  (B, N, E)
          |              |                    |
      FFN Σ e_1i θ_i   FFN Σ e_2i θ_i      FFN Σ e_3i θ_i             merged experts, one FFN a segment
 
-Nothing precedes segment 1. `first_segment` says what routes it, see `LoryFFN.route`.
+Nothing precedes segment 1; `LoryFFN.route` says what routes it.
 
 One letter, one meaning, here and in every shape comment:
 
@@ -73,8 +73,8 @@ class LoryConfig:
     ffn_hidden: int = option(0, "H, hidden width of one expert's SwiGLU; 0: 8/3 of n_embd, rounded up to 32's multiple")
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
-    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all later by segment 1 (Sec. 5.1); '
-                                    'expert_choice: tokens to experts, the sparse baseline (Sec. 5.3)',
+    routing: str = option('causal', 'causal: by the segment before (Lory); prefix: all but the first by segment 1 (Sec. 5.1); '
+                                    'expert_choice: experts pick tokens, the sparse baseline (Sec. 5.3)',
                           ('causal', 'prefix', 'expert_choice'))
     first_segment: str = option('prior', 'what routes segment 1: prior, a learned constant (strictly causal), or self, '
                                          'its own mean behind a stop-gradient (the paper)', ('prior', 'self'))
@@ -102,7 +102,8 @@ class LoryConfig:
 # Merging experts (Sec. 2.2), a matrix product, and a derivative that does not keep what it made.
 
 def merge(e, theta):
-    """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)"""
+    """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)
+    Averaging weights is not averaging outputs, for an FFN is not linear in them; it is what makes one FFN of E."""
     return (e @ theta.flatten(1)).view(-1, *theta.shape[1:])
 
 
@@ -150,7 +151,7 @@ class LoryFFN(nn.Module):
         super().__init__()
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len, self.routing, self.first_segment = config.segment_len, config.routing, config.first_segment
-        self.gate = nn.Parameter(torch.empty(E, D, H))
+        self.gate = nn.Parameter(torch.empty(E, D, H))               # filled by Lory.init_weights
         self.up = nn.Parameter(torch.empty(E, D, H))
         self.down = nn.Parameter(torch.empty(E, H, D))
         self.router = nn.Linear(D, E) if E > 1 else None
@@ -162,7 +163,7 @@ class LoryFFN(nn.Module):
             return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def route(self, x):
-        """Causal segment routing (Eq. 3): segment k gets its weights from segment k-1. (B, N, T, D) -> (B, N, E)"""
+        """Causal segment routing (Eq. 3): e_k = softmax(R(mean of segment k-1)). (B, N, T, D) -> (B, N, E)"""
         e = self.weights(x.mean(2))                                  # (B, N, E), what each segment says of itself
         if self.first_segment == 'self':
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but the forward pass
@@ -208,7 +209,8 @@ class ExpertChoiceFFN(LoryFFN):
 
     In training each expert takes the L/E tokens of a sequence that want it most, so the load is even by construction.
     But whether a token is taken then depends on tokens after it. A language model must be judged without that, so in
-    evaluation each token goes to its own best expert.
+    evaluation each token goes to its own best expert. Outputs are weighted by E times the softmax share, which is 1 under a
+    router that prefers nobody, so that the experts made of a dense FFN (`upcycle`) start as what it was.
     """
     def forward(self, x):
         B, L, D = x.shape
@@ -221,12 +223,12 @@ class ExpertChoiceFFN(LoryFFN):
             at = token.view(B, E * C, 1).expand(-1, -1, D)           # (B, E * C, D)
             taken = x.gather(1, at).view(B, E, C, D).transpose(0, 1).flatten(1, 2)    # (E, B * C, D)
             made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)   # (B, E, C, D)
-            y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))
+            y = y.scatter_add(1, at, (made * (E * share)[..., None]).flatten(1, 2).to(y.dtype))
         else:
             share, best = score.max(-1)                              # (B, L) both
             for i in range(E):
                 mine = best == i                                     # (B, L)
-                y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * share[mine][:, None]).to(y.dtype)
+                y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * (E * share)[mine][:, None]).to(y.dtype)
         return y, score.mean(1, keepdim=True)                        # (B, L, D), (B, 1, E)
 
 
@@ -293,18 +295,17 @@ class Cache:
         self.slots, self.reroute = slots, reroute                    # reroute: merge anew for every segment?
         self.pos = None                                              # (L,), then (B, 1): of the tokens now being read
         self.k = self.v = None                                       # (B, nh, slots, hs)
-        self.e = self.ffn = self.total = None                        # (B, N, E), three of (B, ., .), (B, D)
+        self.ffn = self.total = None                                 # three of (B, ., .), (B, D)
 
     @classmethod
     def stack(cls, caches):
         """The memories of single sequences as one batch."""
-        both = cls(caches[0].slots, caches[0].reroute)
-        both.k, both.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
+        batch = cls(caches[0].slots, caches[0].reroute)
+        batch.k, batch.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
         if caches[0].ffn:
-            both.e = torch.cat([c.e[:, -1:] for c in caches])        # (B, 1, E)
-            both.ffn = [torch.cat(w) for w in zip(*(c.ffn for c in caches))]
-            both.total = torch.cat([c.total for c in caches])
-        return both
+            batch.ffn = [torch.cat(w) for w in zip(*(c.ffn for c in caches))]
+            batch.total = torch.cat([c.total for c in caches])
+        return batch
 
     def attend(self, q, k, v):
         """Attention: of the prompt (B, nh, L, hs) at the first call, then of one token (B, nh, 1, hs)."""
@@ -318,30 +319,30 @@ class Cache:
         return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=filled[:, None, None])
 
     def feed(self, ffn, x):
-        """The layer's FFN: on the prompt (B, L, D) at the first call, then on one token (B, 1, D). -> y, e"""
+        """The layer's FFN: on the prompt (B, L, D) at the first call, then on one token (B, 1, D).
+        -> y like x, and of the prompt its routing weights (B, N, E)"""
         if ffn.router is None or ffn.routing == 'expert_choice':
             return ffn(x)                                            # dense, or token by token: nothing to remember
         T = ffn.segment_len
         if self.ffn is None:
             if not self.reroute:
-                self.e = ffn.weights(x.mean(1))[:, None]             # (B, 1, E), the prompt routes once (Sec. 3.1)
-                self.ffn = ffn.merged(self.e[:, 0])
+                e = ffn.weights(x.mean(1))[:, None]                  # (B, 1, E), the prompt routes once (Sec. 3.1)
+                self.ffn = ffn.merged(e[:, 0])
                 y = swiglu(x, *self.ffn)                             # (B, L, D)
             else:
-                y, self.e = ffn(x)                                   # (B, L, D), (B, N, E), each segment anew (G.2)
-                self.ffn = ffn.merged(self.e[:, -1])
+                y, e = ffn(x)                                        # (B, L, D), (B, N, E), each segment anew (G.2)
+                self.ffn = ffn.merged(e[:, -1])
             self.total = x[:, (x.shape[1] - 1) // T * T:].sum(1)     # (B, D), over the prompt's last segment
-            return y, self.e
+            return y, e
         if self.reroute:
             # (B,) sequences that begin a segment; from prefix routing's second on, weights stay as they are
             new = self.pos[:, 0] % T == 0 if ffn.routing == 'causal' else self.pos[:, 0] == T
             if new.any():
-                self.e[new, -1] = ffn.weights(self.total[new] / T)
-                for w, fresh in zip(self.ffn, ffn.merged(self.e[new, -1])):
+                for w, fresh in zip(self.ffn, ffn.merged(ffn.weights(self.total[new] / T))):
                     w[new] = fresh
                 self.total[new] = 0
             self.total += x[:, 0]
-        return swiglu(x, *self.ffn), self.e[:, -1:]
+        return swiglu(x, *self.ffn), None
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -388,7 +389,7 @@ class Lory(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
     def trunk(self, idx, pos, caches=None):
-        """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, n_layer, N, E)."""
+        """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, N, E) of each layer."""
         x, weights = self.embed(idx), []
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
@@ -396,7 +397,7 @@ class Lory(nn.Module):
                 cache.pos = pos
             x, e = block(x, rope, cache)                             # (B, L, D), (B, N, E)
             weights.append(e)
-        return self.norm(x), torch.stack(weights, 1)                 # (B, L, D), (B, n_layer, N, E)
+        return self.norm(x), weights                                 # (B, L, D), n_layer of (B, N, E)
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64 with any L >= 1; targets of -1 are not counted.
@@ -407,7 +408,7 @@ class Lory(nn.Module):
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return (logits, loss, e.detach()) if return_routing else (logits, loss)
+        return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
 
     def optimizer(self, lr, weight_decay, betas):
         """AdamW (Sec. 4.1). Only matrices decay: norms and the router's bias are pulled nowhere."""
@@ -443,7 +444,7 @@ class Lory(nn.Module):
             raise UserError(f'the prompt has {L} tokens; this model reads 1 to block_size={self.config.block_size}.')
         caches = [Cache(self.config.block_size, reroute) for _ in self.blocks]
         x, e = self.trunk(idx, torch.arange(L, device=idx.device), caches)
-        return self.head(x[:, -1]), e, caches
+        return self.head(x[:, -1]), torch.stack(e, 1), caches
 
     @torch.no_grad()
     def decode(self, token, pos, caches):
