@@ -37,8 +37,7 @@ def make_parser():
     flag('top_k', 0, 'draw from the k likeliest tokens only; 0: from all')
     flag('top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability')
     flag('stop', '', 'end a sample where this text appears, besides at the end of a document')
-    flag('routing', 'prompt', 'prompt: merge the experts once; segment: again every T tokens, as in training',
-         choices=['prompt', 'segment'])
+    flag('reroute', False, 'merge the experts again every T tokens, as in training, not once for all', action='store_true')
     flag('show_routing', False, "print each expert's share in each layer, as the prompt chose", action='store_true')
     flag('routing_picture', '', 'draw those shares into this PNG file')
     flag('save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
@@ -118,7 +117,7 @@ def main(argv=None):
                         'shorten it.')
 
     if args.show_routing or args.routing_picture:
-        e = model.prefill(prompt[None], args.routing == 'segment')[1][0, :, -1]   # (n_layer, E)
+        e = model.prefill(prompt[None], args.reroute)[1][0, :, -1]   # (n_layer, E)
         if args.show_routing:
             show_routing(e)
         if args.routing_picture:
@@ -136,7 +135,7 @@ def main(argv=None):
         decoder = codecs.getincrementaldecoder('utf-8')('replace')       # a character may span tokens
         text, shown, end, n_tokens, t0 = '', 0, -1, 0, time.time()
         for token in model.stream(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                  args.routing == 'segment'):
+                                  args.reroute):
             n_tokens += 1
             if token.item() == tokenizer.eot_token:
                 break

@@ -43,7 +43,7 @@ GROUPS = {                                                           # in the or
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
-    'dense half longer': '--n_experts=1 --max_iters=3290',           # 3000 / 0.912: as long as 8 experts at T = 64 take
+    'dense half longer': '--n_experts=1 --max_iters=3319',           # 3000 / 0.904: as long as 8 experts at T = 64 take
     'e2 half': '--n_experts=2 --segment_len=64 --max_iters=3000',
     'e8 half prefix': '--n_experts=8 --segment_len=64 --routing=prefix --max_iters=3000',
     'e8 half expert choice': '--n_experts=8 --routing=expert_choice --max_iters=3000',
@@ -124,13 +124,17 @@ def report(rows):
         if not bases:
             continue
         print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte | change |\n|' + '---|' * (len(domains) + 3))
-        print(f'| {base}, perplexity | ' + ' | '.join(show([float(r[f'ppl_{d}']) for r in bases.values()], '.2f') for d in domains)
-              + f' | {show([float(r["val_bpb"]) for r in bases.values()], ".3f")} | |')
+        # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
+        for later in ('', 'later_') if any('T256' in group for group in groups) else ('',):
+            print(f'| {base}, perplexity{", after segment 1" if later else ""} | '
+                  + ' | '.join(show([float(r[f'{later}ppl_{d}']) for r in bases.values()], '.2f') for d in domains)
+                  + f' | {show([float(r["later_bpb" if later else "val_bpb"]) for r in bases.values()], ".3f")} | |')
         for group in groups:
             runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
+            if not runs:
+                continue
             note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
-            # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
-            for later in () if not runs else ('', 'later_') if 'T256' in group else ('',):
+            for later in ('', 'later_') if 'T256' in group else ('',):
                 bpb = 'later_bpb' if later else 'val_bpb'
                 print(f'| {group}{note}{", after segment 1" if later else ""} | '
                       + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f")}%' for d in domains)
@@ -169,13 +173,14 @@ def draw(rows):
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
         gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense] for step in steps]
-        by_size.errorbar([step * 4096 / 1e6 for step in steps], [statistics.mean(g) for g in gain],
-                         [[statistics.mean(g) - min(g) for g in gain], [max(g) - statistics.mean(g) for g in gain]],
-                         marker='.', capsize=3, label=name)
+        million = [step * 4096 / 1e6 for step in steps]
+        line, = by_size.plot(million, [statistics.mean(g) for g in gain], label=name)
+        for x, dots in zip(million, gain):
+            by_size.plot([x] * len(dots), dots, '.', color=line.get_color())
     by_size.set(xlabel='million tokens', ylabel='bits per byte against dense, %')
     for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
         for i, seed in enumerate(SEEDS):
-            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts']]
+            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts'] not in ('', '0')]
             use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs], label=None if i else name,
                      color='C0' if group == 'e8 half' else 'C1', lw=1)
     use.set(xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
@@ -216,4 +221,8 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f'claims.py: {e}', file=sys.stderr)
+        sys.exit(2)

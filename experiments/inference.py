@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import prepare
-from lory import atomic_open, load_checkpoint
+from lory import UserError, atomic_open, load_checkpoint
 from train import evaluate, validation_windows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -141,4 +141,8 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f'inference.py: {e}', file=sys.stderr)
+        sys.exit(2)

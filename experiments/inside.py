@@ -25,7 +25,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from lory import LoryFFN, atomic_open, load_checkpoint
+from lory import LoryFFN, UserError, atomic_open, load_checkpoint
 from train import get_batch, to_xy, validation_windows
 
 GROUPS, SEEDS = ('e8', 'e32', 'e8-half', 'e8-half-self'), (1337, 1, 2)
@@ -118,8 +118,6 @@ def segment_one(model, windows):
     own; and with the first segment's weights taken from another sequence."""
     T = model.config.segment_len
     x, y = to_xy([w[:T + 1] for w in windows if len(w) > T], 'cpu')
-    long, _ = to_xy([w for w in windows if len(w) == model.config.block_size + 1], 'cpu')
-    x, y = x[:len(long)], y[:len(long)]
     reported = nats(model, x, y)[0].mean(0)
     honest = torch.stack([nats(model, x[:, :t + 1], y[:, :t + 1])[0][:, -1].mean() for t in range(T)])
     ours = LoryFFN.route
@@ -192,4 +190,8 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f'inside.py: {e}', file=sys.stderr)
+        sys.exit(2)
