@@ -298,8 +298,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     checkpoint, best = f'{args.out_dir}/ckpt.pt', f'{args.out_dir}/best.pt'
     model_fields = LoryConfig.__dataclass_fields__
-    if args.preset and args.init_from == 'resume':
-        raise UserError('a resumed run keeps its settings: leave --preset out.')
+    if args.preset and args.init_from != 'scratch':
+        raise UserError(f'init_from={args.init_from} brings its own settings: leave --preset out.')
     if args.preset:
         parser.set_defaults(**PRESETS[args.preset])
     if args.init_from == 'resume':
@@ -441,7 +441,8 @@ def main(argv=None):
     # Of two experts neither can exceed 2/E; expert choice merges none; the only segment is routed by no text.
     counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
     # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
-    judged = 'later_bpb' if config.first_segment == 'self' and config.segment_len < config.block_size else 'val_bpb'
+    ahead = config.first_segment == 'self' and config.n_experts > 1 and config.routing != 'expert_choice'
+    judged = 'later_bpb' if ahead and config.segment_len < config.block_size else 'val_bpb'
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
     pieces = itertools.count(step * args.gradient_accumulation_steps)
@@ -495,7 +496,7 @@ def main(argv=None):
                         f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
             rows.append(row)
             later = f', {row["later_bpb"]:.4f} after segment 1' if args.segment_len < args.block_size else ''
-            later += ', which sees ahead' if config.first_segment == 'self' and config.n_experts > 1 else ''
+            later += ', which sees ahead' if ahead else ''
             say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte{later} | ' +
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
