@@ -567,17 +567,19 @@ def save_checkpoint(path, config, state, **rest):
 
 def load_checkpoint(path, device='cpu'):
     """-> the Lory stored at path, on `device`, and the dict it was stored in. UserError if there is no such model."""
-    if not os.path.exists(path):
-        raise UserError(f'there is no checkpoint at {path}; train one with: python train.py')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if ckpt['format'] != FORMAT:
             raise ValueError(f'format {ckpt["format"]}')
         model = Lory(LoryConfig(**ckpt['config']))
         model.load_state_dict(ckpt['model'])
+    except FileNotFoundError as e:
+        raise UserError(f'there is no checkpoint at {path}; train one with: python train.py') from e
+    except OSError as e:
+        raise UserError(f'cannot read {path} ({e.strerror}); mend that or choose another.') from e
     except Exception as e:
         raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(e).__name__}); choose another. '
-                        "If it is a run's ckpt.pt, delete it: --init_from=resume then takes best.pt.") from e
+                        "If it is a run's ckpt.pt, move it away: --init_from=resume then takes best.pt.") from e
     return model.to(device), ckpt
 
 

@@ -57,7 +57,10 @@ Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Sp
 
 def say(label, text, since=None):
     """One aligned line of the report, with the seconds since `since`."""
-    print((f'{label:<18} {text:<72}' + (f'{time.time() - since:7.1f} s' if since else '')).rstrip(), flush=True)
+    try:
+        print((f'{label:<18} {text:<72}' + (f'{time.time() - since:7.1f} s' if since else '')).rstrip(), flush=True)
+    except OSError:  # whoever read this is gone; the work goes on
+        sys.stdout = open(os.devnull, 'w')
 
 
 def track(label, items):
@@ -182,7 +185,7 @@ def hold_out(docs, val_fraction):
     for doc in docs:
         sources[doc.domain].add(doc.source)
         sources[None].add(doc.source)
-    share = {name: int(hashlib.sha1(name.encode()).hexdigest(), 16) / 2**160 for name in sources[None]}  # in [0, 1)
+    share = {name: int(hashlib.sha1(os.fsencode(name)).hexdigest(), 16) / 2**160 for name in sources[None]}  # in [0, 1)
     held = {name for name in share if share[name] < min(val_fraction, MAX_VAL / len(docs))}
     for group in sources.values():
         if len(group) > 1 and not group & held:  # a domain that has a source to spare does not go unmeasured
@@ -497,7 +500,7 @@ def main(argv=None):
                         'between 0 and 1, --seed not negative.')
     if args.tokenizer not in ('bpe', 'byte'):
         fetch_encoding(args.tokenizer)  # a failure should come before the work
-    args.dataset = args.dataset or (Path(args.input[0]).resolve().stem if args.input else 'builtin')
+    args.dataset = args.dataset or (Path(os.path.abspath(args.input[0])).stem if args.input else 'builtin')
     if Path(args.dataset).name != args.dataset or args.dataset in ('', '..'):
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
 
@@ -537,6 +540,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
     try:
         main()
     except UserError as e:

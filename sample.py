@@ -57,6 +57,9 @@ def check(args, vocab_size):
         (args.num_samples < 1, f'num_samples={args.num_samples} must be at least 1.'),
         (not 0 <= args.seed < 2**63, f'seed={args.seed} must be 0 to 2**63 - 1.'),
         (args.start == '', 'the prompt is empty; give --start some text, or a newline.'),
+        (os.path.exists(args.save_dense), f'{args.save_dense} exists and may be a run: choose another --save_dense.'),
+        (args.routing_picture and not args.routing_picture.endswith('.png'),
+         f'routing_picture={args.routing_picture} must end in .png.'),
     ]:
         if wrong:
             raise UserError(cure)
@@ -65,7 +68,7 @@ def check(args, vocab_size):
 def read_prompt(start):
     if start.startswith('FILE:'):
         try:
-            with open(start[5:], encoding='utf-8') as f:
+            with open(start[5:], encoding='utf-8-sig') as f:
                 start = f.read()
         except OSError as e:
             raise UserError(f'cannot read the prompt from {start[5:]} ({e.strerror}); check the path.') from e
@@ -104,12 +107,13 @@ def draw_routing(e, path):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    sys.stdout.reconfigure(errors='replace')                         # a terminal may lack a character
     device = usable_device(args.device)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device)
     model.eval()
     args.start = read_prompt(args.start)
     check(args, model.config.vocab_size)
+    if 'tokenizer' not in ckpt:
+        raise UserError('this checkpoint has no tokenizer: store one with it, save_checkpoint(..., tokenizer=...).')
     tokenizer = load_tokenizer(ckpt['tokenizer'])
     prompt = torch.tensor([tokenizer.eot_token] + encode(tokenizer, args.start), device=device)
     if len(prompt) > model.config.block_size:
@@ -154,6 +158,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')                         # a terminal may lack a character
     try:
         main()
     except UserError as e:

@@ -495,6 +495,8 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match='not a whole'):
         load_checkpoint(path)
+    with pytest.raises(UserError, match='cannot read'):              # nobody should be told to throw this one away
+        load_checkpoint(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -1092,8 +1094,8 @@ def test_a_tiny_run_learns_and_leaves_what_it_should(run_home):
 
 @pytest.fixture(autouse=True)
 def own_signals():
-    """train.main takes Ctrl-C and SIGTERM for itself; give them back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """train.main takes these for itself; give them back to pytest."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -1330,7 +1332,8 @@ def test_a_rank_that_dies_ends_the_others(run_home):
                                          (['--learning_rate=nan'], 'learning_rate'), (['--beta1=1'], 'beta1'),
                                          (['--device=gpu'], 'device'), (['--shard=True'], 'torchrun'), (['--init_from=resum'], 'no checkpoint'),
                                          (['--batch_size=3', '--gradient_accumulation_steps=2'], 'batch_size'),
-                                         (['--init_from=resume'], 'no checkpoint'), (['--dataset=none'], 'prepare.py')])
+                                         (['--init_from=resume'], 'no checkpoint'), (['--dataset=none'], 'prepare.py'),
+                                         (['--init_from=whole/ckpt.pt', '--preset=0.3b'], 'preset')])
 def test_train_refuses_bad_values(run_home, flags, word):
     with pytest.raises(UserError, match=word):
         run_script(train, run_home, *TINY, '--out_dir=bad', *flags)
@@ -1392,9 +1395,12 @@ def test_sample_ends_at_the_end_of_a_document(run_home, capsys, monkeypatch):
                                          (['--top_k=100000'], 'top_k'), (['--top_p=0'], 'top_p'), (['--start='], 'prompt'),
                                          (['--start=' + 'word ' * 100], 'block_size'), (['--start=FILE:none'], 'none'),
                                          (['--start=FILE:data/own/train.bin'], 'UTF-8'), (['--start=\udcff'], 'UTF-8'),
-                                         (['--max_new_tokens=0'], 'max_new_tokens')])
+                                         (['--max_new_tokens=0'], 'max_new_tokens'),
+                                         (['--save_dense=whole/ckpt.pt'], 'exists'), (['--routing_picture=whole/best.pt'], 'png'),
+                                         (['--checkpoint=bare.pt'], 'tokenizer')])
 def test_sample_refuses_bad_values(run_home, flags, word):
     (run_home / 'empty.txt').write_text('')
+    save_checkpoint(run_home / 'bare.pt', small(), Lory(small()).state_dict())
     with pytest.raises(UserError, match=word):
         run_script(sample_script, run_home, '--out_dir=whole', *flags)
 

@@ -21,6 +21,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -306,7 +307,7 @@ def main(argv=None):
         # The run's own settings become the defaults, so that only what is to change need be said again.
         latest = best if os.path.exists(best) and not os.path.exists(checkpoint) else checkpoint
         model, ckpt = load_checkpoint(latest)
-        if 'optimizer' not in ckpt:                                  # as sample.py --save_dense writes it
+        if not {'optimizer', 'args', 'step', 'rows', 'since_line', 'rng', 'data'} <= ckpt.keys():      # --save_dense's
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
         parser.set_defaults(**ckpt['args'] | dict(out_dir=args.out_dir))
     elif os.path.exists(checkpoint) or os.path.exists(best):
@@ -317,7 +318,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.init_from == 'resume':
         for name, was in ckpt['args'].items():
-            if name in {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed'} and getattr(args, name) != was:
+            if name in {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'} and getattr(args, name) != was:
                 raise UserError(f'the run in {args.out_dir} has {name}={was}, which cannot change: leave --{name} out, '
                                 'or start another run with another --out_dir.')
         changed = [f'{name} {was} -> {getattr(args, name)}' for name, was in ckpt['args'].items()
@@ -442,7 +443,8 @@ def main(argv=None):
     counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
     # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
     ahead = config.first_segment == 'self' and config.n_experts > 1 and config.routing != 'expert_choice'
-    judged = 'later_bpb' if ahead and config.segment_len < config.block_size else 'val_bpb'
+    longest = max(len(w) for each in windows for w in each) - 1      # tokens predicted
+    judged = 'later_bpb' if ahead and config.segment_len < longest else 'val_bpb'
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
     pieces = itertools.count(step * args.gradient_accumulation_steps)
@@ -468,9 +470,15 @@ def main(argv=None):
         if world > 1:
             dist.barrier()
 
-    asked, stop = [], False                                          # Ctrl-C and SIGTERM stop the run at a step's end
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.append(number))
+    asked, stop, signals = [], False, {signal.SIGINT, signal.SIGTERM}                # these stop the run at a step's end
+    if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.add(signal.SIGHUP)                                   # the terminal was closed, and nohup not asked for
+    for number in signals:
+        signal.signal(number, lambda *_: asked.append(1))
+    if args.compile and hasattr(signal, 'pthread_sigmask'):
+        # Ctrl-C reaches the C++ compiler too and would fail the step. It inherits this mask; another thread hears for us.
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     while True:
         # --- dense warm-up ends (Sec. 4.1, G.3) ---
@@ -496,7 +504,7 @@ def main(argv=None):
                         f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
             rows.append(row)
             later = f', {row["later_bpb"]:.4f} after segment 1' if args.segment_len < args.block_size else ''
-            later += ', which sees ahead' if ahead else ''
+            later += ', which sees ahead' if ahead and model.config.n_experts > 1 else ''
             say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte{later} | ' +
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
@@ -557,7 +565,7 @@ def main(argv=None):
             save()
             break
 
-    for number in (signal.SIGINT, signal.SIGTERM):                   # all is saved; let it end in peace
+    for number in signals:                                           # all is saved; let it end in peace
         signal.signal(number, signal.SIG_IGN)
     command = f'{"torchrun ..." if world > 1 else "python"} train.py --init_from=resume --out_dir={args.out_dir}'
     say(f'stopped at step {step}, saved; go on with: {command}' if stop else
@@ -571,6 +579,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')                         # a terminal may lack a character
     speaker = os.environ.get('LOCAL_RANK', '0') == '0'               # one process of a machine reports what all run into
     try:
         sys.exit(main())
@@ -584,6 +593,9 @@ if __name__ == '__main__':
         elif 'closed by peer' in str(e) or 'reset by peer' in str(e):
             print('train.py: another process of this run has died; go on from the latest ckpt.pt with --init_from=resume.',
                   file=sys.stderr)
+        elif type(e).__module__.startswith(('torch._inductor', 'torch._dynamo')):
+            print(f'train.py: torch.compile failed ({type(e).__name__}): it needs a C++ compiler; or say --compile=False, and '
+                  '--init_from=resume if the run has begun.', file=sys.stderr)
         else:
             raise
         sys.exit(2)

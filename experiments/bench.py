@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
-from lory import Lory, LoryConfig
+from lory import Lory, LoryConfig, UserError
 from train import PEAK, PRESETS, keep_memory, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -174,9 +174,11 @@ def main():
     parser.add_argument('--rounds', type=int, default=11, help='timed steps of each variant')
     parser.add_argument('--batch', type=int, default=0, help="sequences a step; 0: the size's own")
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', default='auto')
+    parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16', 'float16'])
     parser.add_argument('--compile', action='store_true')
     args = parser.parse_args()
+    if args.rounds < 2 or args.batch < 0:
+        raise UserError('--rounds must be at least 2 and --batch not negative.')
     device, dtype = pick_device(args)
     keep_memory(device)
     torch._dynamo.config.recompile_limit = 64                        # every variant is a shape of its own
@@ -249,4 +251,8 @@ def draw():
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except UserError as e:
+        print(f'bench.py: {e}', file=sys.stderr)
+        sys.exit(2)

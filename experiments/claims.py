@@ -84,8 +84,9 @@ def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
     script = f'{HERE}/ramp.py' if group.endswith('ramp') else f'{ROOT}/train.py'
-    flags = ['--init_from=resume'] if os.path.exists(f'{out}/ckpt.pt') else \
-        [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
+    flags = [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
+    if any(os.path.exists(f'{out}/{name}.pt') for name in ('ckpt', 'best')):
+        flags.append('--init_from=resume')                           # train.py refuses if the run's flags are others
     with open(f'{out}.log', 'a') as output:
         code = subprocess.run([sys.executable, script, f'--out_dir={out}', *flags], stdout=output, stderr=output,
                               env=os.environ | {'OMP_NUM_THREADS': '1'}).returncode
@@ -105,6 +106,16 @@ def read(path, group, seed):
                     if name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl')) and (value or name not in row):
                         row[name] = f'{float(value):.5g}' if value else ''
     return list(rows.values())
+
+
+def table():
+    """The rows of experiments/runs.csv."""
+    try:
+        with open(TABLE, newline='') as f:
+            rows = list(csv.DictReader(f))
+        return [r for r in rows if r['group'] in GROUPS and int(r['seed']) in SEEDS]
+    except (OSError, KeyError, ValueError, csv.Error) as e:
+        raise UserError(f'{TABLE} cannot be read ({type(e).__name__}): take it from git again.') from e
 
 
 def last(group, rows):
@@ -197,10 +208,9 @@ def main():
     parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP', help=', '.join(GROUPS))
     parser.add_argument('--workers', type=int, default=2, help='runs at a time, one thread each')
     args = parser.parse_args()
-    rows = []
-    if os.path.exists(TABLE):
-        with open(TABLE, newline='') as f:
-            rows = list(csv.DictReader(f))
+    if args.workers < 1:
+        raise UserError(f'workers={args.workers} must be at least 1.')
+    rows = table()
     have = {(r['group'], int(r['seed'])) for r in rows}
     missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS if (group, seed) not in have]
     if missing:
@@ -208,16 +218,27 @@ def main():
         for dataset, flags in DATASETS.items():
             if not os.path.exists(f'data/{dataset}/meta.json'):
                 prepare.main([f'--dataset={dataset}', *flags.split()])
+    failed = []
     with ThreadPoolExecutor(args.workers) as pool:
-        for done in as_completed([pool.submit(train, *run) for run in missing]):
-            rows += done.result()
-            rows.sort(key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
-            with atomic_open(TABLE, 'w', newline='') as f:
-                writer = csv.DictWriter(f, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-    report(rows)
-    draw(rows)
+        try:
+            for done in as_completed([pool.submit(train, *run) for run in missing]):
+                if isinstance(done.exception(), UserError):
+                    failed.append(str(done.exception()))             # the others go on
+                    continue
+                rows = sorted(table() + done.result(),               # read anew: another claims.py may have added to it
+                              key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
+                with atomic_open(TABLE, 'w', newline='') as f:
+                    writer = csv.DictWriter(f, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
+        except KeyboardInterrupt:                                    # the runs save and end by themselves
+            pool.shutdown(cancel_futures=True)
+            raise UserError('stopped; the same command goes on.') from None
+    if rows:
+        report(rows)
+        draw(rows)
+    if failed:
+        raise UserError(' '.join(failed))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 """Draw assets/lory.png, the picture at the top of the README: python experiments/diagram.py"""
+from pathlib import Path
+
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -44,4 +46,4 @@ arrow((2.9, 7.2), (6.3, 8.1), color='#c0392b')
 ax.text(7.3, 6.4, 'one segment later', color='#c0392b', fontsize=9, ha='center')
 for i in range(E):
     box(0.1, 12.9 - 0.95 * i, 2.7, 0.75, f'expert $\\theta_{i + 1}$', COLORS[i])
-fig.savefig('assets/lory.png', dpi=110)
+fig.savefig(Path(__file__).parent.parent / 'assets/lory.png', dpi=110)

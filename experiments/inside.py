@@ -127,12 +127,11 @@ def segment_one(model, windows):
     return {name: v.tolist() for name, v in (('reported', reported), ('honest', honest), ('other', other))}
 
 
-def measure(out):
-    model, ckpt = load_checkpoint(f'{out}/ckpt.pt')
+def measure(model, ckpt, out):
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', model.config.block_size)
     windows = validation_windows(data.val, len(data.meta['domains']), model.config.block_size, 24)
     model.eval()
-    result = dict(run=os.path.basename(out), domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
+    result = dict(run=out, domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
                   domain_accuracy=domain_accuracy(model, data), **use(model, data),
                   segment_one=segment_one(model, [w for domain in windows for w in domain]))
     if result['run'].startswith('e8-') and 'half' not in result['run']:
@@ -206,10 +205,17 @@ def main():
         with open(path) as f:
             results = json.load(f)
     for run in (f'{group}-{seed}' for group in GROUPS for seed in SEEDS):
-        if os.path.exists(f'runs/{run}/ckpt.pt') and run not in [r['run'] for r in results]:
-            results.append(measure(f'runs/{run}'))
-            with atomic_open(path, 'w') as f:
-                json.dump(results, f, indent=1)
+        if not os.path.exists(f'runs/{run}/ckpt.pt') or run in [r['run'] for r in results]:
+            continue
+        model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
+        if ckpt['step'] < ckpt['args']['max_iters']:
+            print(f'{run} is not finished and was left out')
+            continue
+        results.append(measure(model, ckpt, run))
+        with atomic_open(path, 'w') as f:
+            json.dump(results, f, indent=1)
+    if not any('without_expert' in r for r in results):
+        raise UserError("no finished run in runs/: python experiments/claims.py --train e8 'e8 half' 'e8 half self' makes them.")
     for r in results:
         s = {name: np.mean(curve) for name, curve in r['segment_one'].items()}
         print(f'{r["run"]:14} domain told {r["domain_accuracy"]:.2f} | entropy {r["entropy"]:.2f}, of the mean '

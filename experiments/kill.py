@@ -7,6 +7,7 @@ Every start is a process of its own, ended by SIGKILL after a random time: while
 while it writes. Small intervals make it save and validate often, and the run upcycles half-way. At the end weights,
 optimiser, log and pictures are compared byte by byte with those of a run left alone. Writes experiments/kill.json.
 """
+import argparse
 import collections
 import csv
 import glob
@@ -56,6 +57,7 @@ def state(out):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(tempfile.mkdtemp())
     prepare.main(['--mb_per_domain=0.5'])
     if start(*FLAGS, '--out_dir=whole').wait():

@@ -33,4 +33,8 @@ class RampFFN(lory.LoryFFN):
 
 if __name__ == '__main__':
     lory.LoryFFN = RampFFN
-    sys.exit(train.main())
+    try:
+        sys.exit(train.main())
+    except lory.UserError as e:
+        print(f'ramp.py: {e}', file=sys.stderr)
+        sys.exit(2)
