@@ -443,7 +443,7 @@ def main(argv=None):
     counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
     # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
     ahead = config.first_segment == 'self' and config.n_experts > 1 and config.routing != 'expert_choice'
-    longest = max(len(w) for each in windows for w in each) - 1      # tokens predicted
+    longest = max((len(w) for each in windows for w in each), default=1) - 1          # tokens predicted
     judged = 'later_bpb' if ahead and config.segment_len < longest else 'val_bpb'
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
