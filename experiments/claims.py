@@ -52,7 +52,7 @@ GROUPS = {                                                           # in the or
     'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
     'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
     'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
-    'e8 half T256 ramp': '--n_experts=8 --segment_len=256 --max_iters=3000',          # by experiments/ramp.py
+    'e8 half T256 short': '--n_experts=8 --segment_len=256 --max_iters=3000',         # by experiments/short_first.py
     'e8 half T512': '--n_experts=8 --segment_len=512 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
@@ -72,7 +72,7 @@ TABLES = {                                                           # title -> 
     'More text': ('dense big', ['e8 big', 'e32 big']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
-                                    'e8 half T256 ramp', 'e8 half T512']),
+                                    'e8 half T256 short', 'e8 half T512']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
@@ -83,7 +83,7 @@ TABLE = f'{HERE}/runs.csv'
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
-    script = f'{HERE}/ramp.py' if group.endswith('ramp') else f'{ROOT}/train.py'
+    script = f'{HERE}/short_first.py' if group.endswith('short') else f'{ROOT}/train.py'
     flags = [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
     if any(os.path.exists(f'{out}/{name}.pt') for name in ('ckpt', 'best')):
         flags.append('--init_from=resume')                           # train.py refuses if the run's flags are others
