@@ -279,8 +279,8 @@ class Block(nn.Module):
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(self.attn_norm(x), rope, cache)
-        h = self.ffn_norm(x)
-        y, e = self.ffn(h) if cache is None else cache.feed(self.ffn, h)
+        z = self.ffn_norm(x)                                         # (B, L, D)
+        y, e = self.ffn(z) if cache is None else cache.feed(self.ffn, z)
         return x + y, e                                              # (B, L, D), (B, N, E)
 
 
@@ -354,8 +354,8 @@ def sample(logits, temperature, top_k, top_p):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         # Keep the likeliest tokens until they hold top_p of the probability, the one that reaches it included.
-        p, order = logits.softmax(-1).sort(-1, descending=True)      # (B, V) both
-        drop = p.cumsum(-1) - p >= top_p
+        likely, order = logits.softmax(-1).sort(-1, descending=True)                  # (B, V) both
+        drop = likely.cumsum(-1) - likely >= top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
@@ -419,8 +419,8 @@ class Lory(nn.Module):
 
     def num_params(self, active=False):
         """Parameters, or the active ones: what one token meets, its merged FFN counted once and the router left out."""
-        E = self.config.n_experts if active else 1                   # only experts are stacked, (E, ., .)
-        return sum(p.numel() // (E if p.dim() == 3 else 1) for name, p in self.named_parameters()
+        of = self.config.n_experts if active else 1                  # only experts are stacked, (E, ., .)
+        return sum(p.numel() // (of if p.dim() == 3 else 1) for name, p in self.named_parameters()
                    if not (active and '.router.' in name))
 
     def flops_per_token(self, L):
@@ -545,13 +545,14 @@ def atomic_open(path, mode='wb', **kw):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException as e:
+    except BaseException as error:
         with suppress(OSError):
             os.remove(tmp)
-        cause = e if isinstance(e, OSError) else e.__context__       # torch.save hides a full disk behind another error
+        # torch.save hides a full disk behind another error.
+        cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise UserError(f'cannot write {path} ({cause.strerror}): free some space or choose another folder; '
-                            'what was there before is unchanged.') from e
+                            'what was there before is unchanged.') from error
         raise
 
 
@@ -573,13 +574,13 @@ def load_checkpoint(path, device='cpu'):
             raise ValueError(f'format {ckpt["format"]}')
         model = Lory(LoryConfig(**ckpt['config']))
         model.load_state_dict(ckpt['model'])
-    except FileNotFoundError as e:
-        raise UserError(f'there is no checkpoint at {path}; train one with: python train.py') from e
-    except OSError as e:
-        raise UserError(f'cannot read {path} ({e.strerror}); mend that or choose another.') from e
-    except Exception as e:
-        raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(e).__name__}); choose another. '
-                        "If it is a run's ckpt.pt, move it away: --init_from=resume then takes best.pt.") from e
+    except FileNotFoundError as error:
+        raise UserError(f'there is no checkpoint at {path}; train one with: python train.py') from error
+    except OSError as error:
+        raise UserError(f'cannot read {path} ({error.strerror}); mend that or choose another.') from error
+    except Exception as error:
+        raise UserError(f'{path} is not a whole Lory checkpoint of format {FORMAT} ({type(error).__name__}); choose another. '
+                        "If it is a run's ckpt.pt, move it away: --init_from=resume then takes best.pt.") from error
     return model.to(device), ckpt
 
 
@@ -589,6 +590,6 @@ def usable_device(name):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:                  # torch raises all three
-        raise UserError(f'device={name} cannot be used here; try --device=auto.') from e
+    except (RuntimeError, AssertionError, NotImplementedError) as error:              # torch raises all three
+        raise UserError(f'device={name} cannot be used here; try --device=auto.') from error
     return name
