@@ -3,8 +3,8 @@ Lory: a fully differentiable mixture-of-experts language model (Zhong et al., CO
 
 Where a transformer has one feed-forward network, a mixture of experts has E of them, and a small linear map, the
 router, that says how much each counts. The usual kind sends each token to its few best experts. That choice has no
-gradient, so its router needs extra losses to learn. Lory makes no choice: it averages the experts *in parameter space*
-and runs the one averaged FFN,
+gradient, and without a balancing loss some experts get no tokens. Lory makes no choice: it averages the experts *in
+parameter space* and runs the one averaged FFN,
 
     merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),        (Sec. 2.2; from SMEAR, arXiv:2306.03745)
 
@@ -103,7 +103,7 @@ class LoryConfig:
 
 def merge(e, theta):
     """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)
-    Averaging weights is not averaging outputs, for an FFN is not linear in them; it is what makes one FFN of E."""
+    Not the mean of E outputs, for an FFN is not linear in its weights: merging weights is what leaves one FFN to run."""
     return (e @ theta.flatten(1)).view(-1, *theta.shape[1:])
 
 
@@ -111,7 +111,7 @@ class MergedLinear(torch.autograd.Function):
     """y = x @ merge(e, θ) in x's dtype, with the merged matrix W = merge(e, θ) made again in the backward pass, not kept.
 
     If kept, every segment's merged FFN would lie in memory until the backward pass: 6.6 GB a 4096-token sequence at the
-    paper's 0.3B in bf16. Made again, it costs E/T of the matmul (App. B) and one W at a time. The chain rule of y = x W,
+    paper's 0.3B in bf16. Made again, it costs E/T of the matmul's time (App. B), and memory for one W. The chain rule of y = x W,
     W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -173,7 +173,7 @@ class LoryFFN(nn.Module):
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
             bias = self.router.bias
             first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)             # (B, 1, E)
-        # What the last segment says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the first one only.
+        # What the last segment says routes nothing after it. Prefix, the ablation of Sec. 5.1, listens to the first one only.
         later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
         return torch.cat([first, later], 1)                          # (B, N, E)
 

@@ -3,13 +3,13 @@ From documents to training data: read, hold out, chain similar documents, tokeni
 
 Lory routes each segment by the segment before it, so neighbouring segments must have something to do with each other.
 Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2, App. C) therefore orders
-the documents by similarity, and so does this script. The longer the segments beside the documents, the more it adds to what
-experts gain over a dense model: nothing where nearly all segments follow one of their own document (README.md, "What came out").
+the documents by similarity, and so does this script. The longer segments are compared with documents, the more that adds to
+what experts gain over a dense model; for short ones it adds nothing (README.md, "Chained or shuffled?").
 
     documents -> hold out whole files -> TF-IDF vectors -> drop near-duplicates -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one token stream, which train.py cuts into windows
 
-The paper embeds with Contriever and searches with FAISS; TF-IDF and exact search need no model and no GPU. Written are,
+The paper embeds with Contriever and searches with FAISS; TF-IDF and exact search need no model and no GPU. It writes,
 little-endian and without pickle:
 
     train.bin, val.bin            token ids, uint16 (uint32 for a large vocabulary), <|endoftext|> before each document

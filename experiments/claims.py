@@ -169,13 +169,13 @@ def draw(rows):
         for i, d in enumerate(domains):
             dots = change(last(group, rows), last('dense', rows), f'ppl_{d}')
             by_domain.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
-    by_domain.set(xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
+    by_domain.set(title='three seeds, 24.6M tokens', xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
     for k, order in enumerate(('', ' shuffled')):
         for T in (64, 256, 512):
             dots = change(last((f'e8 T{T}' if T > 64 else 'e8') + order, rows), last('dense' + order, rows), 'val_bpb')
             by_order.plot([T * (1, 1.08)[k]] * len(dots), dots, 'o', ms=5, color=f'C{k}',
                           label=('chained', 'shuffled')[k] if T == 64 else None)
-    by_order.set(xlabel='T (8 experts)', ylabel='bits per byte against dense\nin the same order, %', xscale='log')
+    by_order.set(title='by order (side by side for legibility)', xlabel='T (8 experts)', ylabel='bits per byte against dense\nin the same order, %', xscale='log')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
     for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
@@ -188,13 +188,13 @@ def draw(rows):
         line, = by_size.plot(million, [statistics.mean(g) for g in gain], label=name)
         for x, dots in zip(million, gain):
             by_size.plot([x] * len(dots), dots, '.', color=line.get_color())
-    by_size.set(xlabel='million tokens', ylabel='bits per byte against dense, %')
+    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens', ylabel='bits per byte against dense, %')
     for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
         for i, seed in enumerate(SEEDS):
             runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts'] not in ('', '0')]
             use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs], label=None if i else name,
                      color='C0' if group == 'e8 half' else 'C1', lw=1)
-    use.set(xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
+    use.set(title='experts in use', xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
     for a in (by_domain, by_order, by_size, use):
         a.legend(fontsize=8)
         if a is not use:

@@ -161,9 +161,9 @@ def draw(results):
         runs = [r['segment_one'] for r in results if 'half' in r['run'] and ('self' in r['run']) == (kind == 'self')]
         for name, style in (('reported', '-'), ('honest', '--'), ('other', ':')):
             curve = np.mean([r[name] for r in runs], 0)
-            a.plot(np.arange(8, len(curve), 8), [curve[i - 8:i].mean() for i in range(8, len(curve), 8)], style,
-                   marker='.', label={'other': "another sequence's weights"}.get(name, name))
-        a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token')
+            a.plot(np.arange(4, len(curve), 8), curve.reshape(-1, 8).mean(1), style,
+                   marker='.', label={'other': "another window's weights"}.get(name, name))
+        a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token', ylim=(3.3, 4.7))
         a.legend(fontsize=8)
     with atomic_open(f'{ROOT}/assets/inside.png') as f:
         fig.savefig(f, format='png', dpi=100)
@@ -186,13 +186,13 @@ def draw_stream(path, n=8):
         e = nats(model, x, y)[1][:, -1].flatten(0, 1)                # (n * N, E)
         domain = train.domain[np.searchsorted(train.start, first + T * np.arange(len(e)), 'right') - 1]
         strip.imshow(domain[None], aspect='auto', cmap='tab10', vmin=0, vmax=9)
-        strip.set(yticks=[], title=f'{order}: domain of each segment, and below it the weights of the experts')
+        strip.set(yticks=[], title=f'{order}: domain of each segment, and below it layer {len(model.blocks)}\'s weights of the experts')
         joints = [0, *np.flatnonzero(np.diff(domain)) + 1, len(domain)]
         for a, b in zip(joints[:-1], joints[1:]):
             if b - a > 5:                                            # room for a name
                 strip.text((a + b - 1) / 2, 0, data.meta['domains'][domain[a]], ha='center', va='center', fontsize=8)
         weights.imshow(e.T, aspect='auto', vmin=0, vmax=1)
-        weights.set(ylabel='expert', yticks=[])
+        weights.set(ylabel='expert', yticks=range(len(e.T)), yticklabels=range(1, len(e.T) + 1))
     weights.set(xlabel=f'segments of {T} tokens, {L // T} a sequence; the prior routes the first of each')
     with atomic_open(f'{ROOT}/assets/stream.png') as f:
         fig.savefig(f, format='png', dpi=100)
