@@ -209,8 +209,8 @@ class ExpertChoiceFFN(LoryFFN):
 
     In training each expert takes the L/E tokens of a sequence that want it most, so the load is even by construction.
     But whether a token is taken then depends on tokens after it. A language model must be judged without that, so in
-    evaluation each token goes to its own best expert. Outputs are weighted by E times the softmax share, which is 1 under a
-    router that prefers nobody, so that the experts made of a dense FFN (`upcycle`) start as what it was.
+    evaluation each token goes to its own best expert. Outputs are weighted by the softmax share, so experts made of a dense
+    FFN (`upcycle`) start at about 1/E of what it was; E times the share, which avoids that, learned worse when tried.
     """
     def forward(self, x):
         B, L, D = x.shape
@@ -223,12 +223,12 @@ class ExpertChoiceFFN(LoryFFN):
             at = token.view(B, E * C, 1).expand(-1, -1, D)           # (B, E * C, D)
             taken = x.gather(1, at).view(B, E, C, D).transpose(0, 1).flatten(1, 2)    # (E, B * C, D)
             made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)   # (B, E, C, D)
-            y = y.scatter_add(1, at, (made * (E * share)[..., None]).flatten(1, 2).to(y.dtype))
+            y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))
         else:
             share, best = score.max(-1)                              # (B, L) both
             for i in range(E):
                 mine = best == i                                     # (B, L)
-                y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * (E * share)[mine][:, None]).to(y.dtype)
+                y[mine] = (swiglu(x[mine], self.gate[i], self.up[i], self.down[i]) * share[mine][:, None]).to(y.dtype)
         return y, score.mean(1, keepdim=True)                        # (B, L, D), (B, 1, E)
 
 

@@ -276,7 +276,7 @@ def test_expert_choice_equals_naive_loop_in_training_and_evaluation():
             for i in range(4):
                 best = score[:, i].argsort(descending=True)[:5] if training else (score.argmax(-1) == i).nonzero()[:, 0]
                 for t in best.tolist():
-                    rows[b][t] = rows[b][t] + 4 * score[t, i] * expert(i, x[b, t])
+                    rows[b][t] = rows[b][t] + score[t, i] * expert(i, x[b, t])
         naive = torch.stack([torch.stack(r) for r in rows])
         y = ffn(x)[0]
         torch.testing.assert_close(y, naive)
@@ -330,17 +330,6 @@ def test_upcycling_changes_nothing_and_then_the_experts_part():
     assert distance() < 1e-6
     train_steps(model, moved_optimizer, 60, seed=1)
     assert distance() > 0.01
-
-
-def test_upcycling_to_expert_choice_changes_nothing_under_a_router_without_preferences():
-    torch.manual_seed(0)
-    dense = Lory(small(n_experts=1, routing='expert_choice'))
-    train_steps(dense, dense.optimizer(1e-2, 0.1, (0.9, 0.95)), 20)
-    model = upcycle(dense, 4)[0].eval()
-    for block in model.blocks:
-        torch.nn.init.zeros_(block.ffn.router.weight)
-    idx = torch.randint(50, (2, 24))
-    torch.testing.assert_close(model(idx)[0], dense(idx)[0])
 
 
 def test_upcycled_optimizer_takes_the_step_the_dense_one_would():
