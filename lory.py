@@ -111,8 +111,8 @@ class MergedLinear(torch.autograd.Function):
     """y = x @ merge(e, θ) in x's dtype, with the merged matrix W = merge(e, θ) made again in the backward pass, not kept.
 
     If kept, every segment's merged FFN would lie in memory until the backward pass: 6.6 GB a 4096-token sequence at the
-    paper's 0.3B in bf16. Made again, it costs E/T of the matmul's time (App. B), and memory for one W. The chain rule of y = x W,
-    W = e θ:
+    paper's 0.3B in bf16. Made again, it costs E/T of the matmul's time (App. B), and memory for one W. The chain rule of
+    y = x W, W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
     @staticmethod

@@ -1178,15 +1178,15 @@ def test_best_is_the_best_validation(run_home, monkeypatch, rule, judged):
 
 
 def test_a_closed_pipe_does_not_stop_a_run(run_home):
-    """As in `python train.py | head`, with Ctrl-C after that."""
+    """As in `python train.py | head`, with the terminal closed after that, and Ctrl-C."""
     run = subprocess.Popen([sys.executable, f'{HERE}/train.py', *TINY, '--out_dir=pipe', '--max_iters=100000',
                             '--eval_interval=50000'], cwd=run_home, stdout=-1, stderr=-1, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     while not run.stdout.readline().startswith(b'step      5'):
         assert run.poll() is None
     run.stdout.close()
     time.sleep(0.5)
-    for _ in range(3):
-        run.send_signal(signal.SIGINT)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+        run.send_signal(number)
     assert run.wait() == 130 and run.stderr.read() == b''
     assert load_checkpoint(run_home / 'pipe/ckpt.pt')[1]['step'] > 5
 
@@ -1225,7 +1225,7 @@ def test_training_goes_on_from_a_dense_expert_and_can_upcycle_it(run_home):
 
 
 def test_resume_refuses_what_cannot_change_and_other_data(run_home, tmp_path):
-    for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1', '--max_iters=20'):
+    for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1', '--max_iters=20', '--eval_windows=1'):
         with pytest.raises(UserError, match=flag[2:].split('=')[0]):
             run_script(train, run_home, '--init_from=resume', '--out_dir=whole', flag)
     with pytest.raises(UserError, match='resume'):

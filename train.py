@@ -318,7 +318,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.init_from == 'resume':
         for name, was in ckpt['args'].items():
-            if name in {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'} and getattr(args, name) != was:
+            fixed = {*model_fields, 'dataset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+            if name in fixed and getattr(args, name) != was:
                 raise UserError(f'the run in {args.out_dir} has {name}={was}, which cannot change: leave --{name} out, '
                                 'or start another run with another --out_dir.')
         changed = [f'{name} {was} -> {getattr(args, name)}' for name, was in ckpt['args'].items()

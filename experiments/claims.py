@@ -113,9 +113,12 @@ def table():
     try:
         with open(TABLE, newline='') as f:
             rows = list(csv.DictReader(f))
-        return [r for r in rows if r['group'] in GROUPS and int(r['seed']) in SEEDS]
+        unknown = {r['group'] for r in rows if int(r['seed']) in SEEDS} - {*GROUPS}
     except (OSError, KeyError, ValueError, csv.Error) as e:
         raise UserError(f'{TABLE} cannot be read ({type(e).__name__}): take it from git again.') from e
+    if unknown:                                                      # never dropped: they would be lost when it is written
+        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS does not: name them there or move their rows.')
+    return rows
 
 
 def last(group, rows):
@@ -169,13 +172,15 @@ def draw(rows):
         for i, d in enumerate(domains):
             dots = change(last(group, rows), last('dense', rows), f'ppl_{d}')
             by_domain.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
-    by_domain.set(title='three seeds, 24.6M tokens', xticks=range(len(domains)), xticklabels=domains, ylabel='perplexity against dense, %')
+    by_domain.set(title='three seeds, 24.6M tokens', ylabel='perplexity against dense, %',
+                  xticks=range(len(domains)), xticklabels=domains)
     for k, order in enumerate(('', ' shuffled')):
         for T in (64, 256, 512):
             dots = change(last((f'e8 T{T}' if T > 64 else 'e8') + order, rows), last('dense' + order, rows), 'val_bpb')
             by_order.plot([T * (1, 1.08)[k]] * len(dots), dots, 'o', ms=5, color=f'C{k}',
                           label=('chained', 'shuffled')[k] if T == 64 else None)
-    by_order.set(title='by order (side by side for legibility)', xlabel='T (8 experts)', ylabel='bits per byte against dense\nin the same order, %', xscale='log')
+    by_order.set(title='by order (side by side for legibility)', xlabel='T (8 experts)', xscale='log',
+                 ylabel='bits per byte against dense\nin the same order, %')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
     for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),

@@ -169,6 +169,15 @@ def draw(results):
         fig.savefig(f, format='png', dpi=100)
 
 
+def same_document(start, T):
+    """Share of the text that routes a token, the segment before the token's own, that is of the token's document. With both
+    places uniform in their segments, the distance k between them occurs T - |k - T| times, 0 < k < 2T."""
+    k = np.arange(1, 2 * T)
+    lengths = np.diff(start)
+    pairs = [np.maximum(lengths - i, 0).sum() for i in k]            # tokens that have one of their document i before them
+    return np.average(pairs, weights=T - abs(k - T)) / lengths.sum()
+
+
 def draw_stream(path, n=8):
     """assets/stream.png: along n training windows, chained and shuffled, the domain that each segment begins in and the
     last layer's routing weights for it."""
@@ -186,7 +195,7 @@ def draw_stream(path, n=8):
         e = nats(model, x, y)[1][:, -1].flatten(0, 1)                # (n * N, E)
         domain = train.domain[np.searchsorted(train.start, first + T * np.arange(len(e)), 'right') - 1]
         strip.imshow(domain[None], aspect='auto', cmap='tab10', vmin=0, vmax=9)
-        strip.set(yticks=[], title=f'{order}: domain of each segment, and below it layer {len(model.blocks)}\'s weights of the experts')
+        strip.set(yticks=[], title=f"{order}: each segment's domain, and below it its routing weights in the last layer")
         joints = [0, *np.flatnonzero(np.diff(domain)) + 1, len(domain)]
         for a, b in zip(joints[:-1], joints[1:]):
             if b - a > 5:                                            # room for a name
@@ -224,6 +233,8 @@ def main():
     draw(results)
     if os.path.exists('runs/e8-half-1337/ckpt.pt'):
         draw_stream('runs/e8-half-1337/ckpt.pt')
+        start = prepare.load_dataset('data/builtin', 1024).train.start
+        print('routed by the same document: ' + ', '.join(f'T={T} {same_document(start, T):.2f}' for T in (64, 256, 512)))
 
 
 if __name__ == '__main__':
