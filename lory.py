@@ -536,9 +536,10 @@ def add_flags(parser, config_class):
 
 @contextmanager
 def atomic_open(path, mode='wb', **kw):
-    """Write a file whole or not at all: to path + '.tmp', then fsync, then rename over path. Whatever goes wrong, what
-    was at path before is still there. Raises UserError when the disk is full or the folder cannot be written."""
-    tmp = f'{path}.tmp'
+    """Write a file whole or not at all: to a .tmp of this process beside it, then fsync, then rename over path. Whatever
+    goes wrong, what was at path before is still there. Raises UserError when the disk is full or the folder cannot be
+    written."""
+    tmp = f'{path}.{os.getpid()}.tmp'
     try:
         with open(tmp, mode, **kw) as f:
             yield f

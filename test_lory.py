@@ -871,6 +871,23 @@ def test_interrupted_prepare_leaves_old_or_refused(failing, data_home, tmp_path,
     assert not list(path.glob('*.tmp'))
 
 
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
+    """As two runs begun side by side on a fresh machine do: both prepare the built-in corpus."""
+    path = tmp_path / 'x'
+    with atomic_open(path) as f:
+        f.write(b'mine')
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with atomic_open(path) as g:
+                    g.write(b'theirs')
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert path.read_bytes() == b'theirs'
+    assert path.read_bytes() == b'mine' and os.listdir(tmp_path) == ['x']
+
+
 def test_full_disk_leaves_the_old_data(data_home, tmp_path, monkeypatch):
     path = shutil.copytree(data_home / 'data/own', tmp_path / 'data/own')
     shutil.copytree(data_home / 'own', tmp_path / 'own')
@@ -1134,7 +1151,7 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(run_home, mon
             fsync = os.fsync                                         # the file is written, but not yet in its place
 
             def half(fd):
-                if os.readlink(f'/proc/self/fd/{fd}').endswith(where.split()[1] + '.tmp'):
+                if os.readlink(f'/proc/self/fd/{fd}').endswith(f'{where.split()[1]}.{os.getpid()}.tmp'):
                     reached()
                 fsync(fd)
             m.setattr(os, 'fsync', half)
@@ -1200,7 +1217,10 @@ def test_two_runs_do_not_share_a_folder(run_home):
             run_script(train, run_home, '--init_from=resume', '--out_dir=whole', '--max_iters=31')
     finally:
         held.communicate(b'')                                        # it ends, and so does its claim
-    train.claim(run_home / 'whole').close()
+    half = run_home / 'whole/ckpt.pt.1.tmp'                          # what a killed run leaves goes with the next one's claim
+    half.touch()
+    train.claim(str(run_home / 'whole')).close()
+    assert not half.exists()
 
 
 def test_training_goes_on_from_a_dense_expert_and_can_upcycle_it(run_home):

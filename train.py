@@ -16,6 +16,7 @@ import csv
 import ctypes
 import errno
 import gc
+import glob
 import itertools
 import math
 import os
@@ -254,6 +255,8 @@ def claim(out_dir):
         lock = open(f'{out_dir}/.lock', 'w')
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for half in glob.glob(f'{glob.escape(out_dir)}/*.pt.*.tmp'):  # of a run killed as it saved
+            os.remove(half)
     except BlockingIOError:
         raise UserError(f'another run is at work in {out_dir}: wait for it, or choose another --out_dir.') from None
     except OSError as e:

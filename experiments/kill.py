@@ -81,7 +81,7 @@ def main():
         process.wait()
         lines = [line for line in output().splitlines() if line.startswith('step')]
         half = [name for name in os.listdir('killed') if name.endswith('.tmp')] if os.path.isdir('killed') else []
-        moment = (f'while writing {half[0][:-4]}' if half else 'before the first line' if not lines else
+        moment = (f'while writing {half[0].rsplit(".", 2)[0]}' if half else 'before the first line' if not lines else
                   'after a validation' if 'validation' in lines[-1] else 'in steps')
         where[moment] += 1
         step = load_checkpoint('killed/ckpt.pt')[1]['step'] if os.path.exists('killed/ckpt.pt') else None
