@@ -6,11 +6,12 @@ router, that says how much each counts. The usual kind sends each token to its f
 gradient, and without a balancing loss some experts get no tokens. Lory makes no choice: it averages the experts *in
 parameter space* and runs the one averaged FFN,
 
-    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(h)),        (Sec. 2.2; from SMEAR, arXiv:2306.03745)
+    merged FFN = e_1 θ_1 + ... + e_E θ_E,    e = softmax(router(x)),        (Sec. 2.2; from SMEAR, arXiv:2306.03745)
 
 so everything is differentiable and no balancing loss is needed. One merge per token would cost E FFNs a token. Lory
 merges once per *segment* of T tokens, and stays autoregressive by *causal segment routing*: the weights of a segment
-are read from the segment before it (Sec. 3.1, Eq. 3).
+are read from the segment before it (Sec. 3.1, Eq. 3). Training starts with a dense model; *upcycling* then copies its
+FFNs into every expert (Sec. 4.1).
 
            segment 1            segment 2            segment 3
         x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T      hidden states entering the FFN   (B, N, T, D)
@@ -127,8 +128,8 @@ class MergedLinear(torch.autograd.Function):
         # Wᵀ from θᵀ, not W turned: torch.compile would know that product from the forward pass, and keep it after all.
         dx = dy @ merge(e_low, theta.mT.to(x.dtype))                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
-        # The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than bfloat16
-        # resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.
+        # de = dW θᵀ. The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than
+        # bfloat16 resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.
         parts = theta - theta[:1]                                    # (E, in, out)
         parts[0] = theta[0]
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)   # (S, E), in the order that CPUs do faster
@@ -167,13 +168,14 @@ class LoryFFN(nn.Module):
         e = self.weights(x.mean(2))                                  # (B, N, E), what each segment says of itself
         if self.first_segment == 'self':
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but the forward pass
-            # still shows token 1 the mean of tokens 2..T: a loss over segment 1 is then a little optimistic.
+            # still shows token 1 the mean of tokens 2..T: a loss over segment 1 comes out too good (measured in README.md).
             first = e[:, :1].detach()                                # (B, 1, E)
         else:
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
             bias = self.router.bias
             first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)             # (B, 1, E)
-        # What the last segment says routes nothing after it. Prefix, the ablation of Sec. 5.1, listens to the first one only.
+        # Moved by one segment: what the last one says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the
+        # first one only (which itself is routed as above).
         later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
         return torch.cat([first, later], 1)                          # (B, N, E)
 
@@ -182,12 +184,13 @@ class LoryFFN(nn.Module):
         return [merge(e.to(w.dtype), w) for w in (self.gate, self.up, self.down)]
 
     def run(self, x, e):
-        """Each segment through its own merged FFN, in autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
+        """Each segment through its own merged FFN, swiglu(x, *merged(e)) with less to remember for the backward pass, in
+        autocast's dtype. (B, N, T, D), (B, N, E) -> (B, N, T, D)"""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         xs, e = x.flatten(0, 1).to(dtype), e.flatten(0, 1)           # (S, T, D), (S, E)
-        h = F.silu(MergedLinear.apply(xs, e, self.gate)) * MergedLinear.apply(xs, e, self.up)   # (S, T, H)
-        return MergedLinear.apply(h, e, self.down).view(x.shape)
+        inner = F.silu(MergedLinear.apply(xs, e, self.gate)) * MergedLinear.apply(xs, e, self.up)   # (S, T, H)
+        return MergedLinear.apply(inner, e, self.down).view(x.shape)
 
     def forward(self, x):
         """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E)."""
@@ -223,7 +226,7 @@ class ExpertChoiceFFN(LoryFFN):
             at = token.view(B, E * C, 1).expand(-1, -1, D)           # (B, E * C, D)
             taken = x.gather(1, at).view(B, E, C, D).transpose(0, 1).flatten(1, 2)    # (E, B * C, D)
             made = swiglu(taken, self.gate, self.up, self.down).view(E, B, C, D).transpose(0, 1)   # (B, E, C, D)
-            y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))
+            y = y.scatter_add(1, at, (made * share[..., None]).flatten(1, 2).to(y.dtype))       # adds (B, E * C, D)
         else:
             share, best = score.max(-1)                              # (B, L) both
             for i in range(E):
@@ -258,7 +261,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None):                          # cache: None in training, a Cache in generation
+    def forward(self, x, rope, cache=None):                          # cache: None in training, in generation a Cache, below
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, nh, L, hs)
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -293,7 +296,7 @@ class Cache:
 
     def __init__(self, slots, reroute):
         self.slots, self.reroute = slots, reroute                    # reroute: merge anew for every segment?
-        self.pos = None                                              # (L,), then (B, 1): of the tokens now being read
+        self.pos = None                                              # (L,), then (B, 1): set by Lory.trunk at each call
         self.k = self.v = None                                       # (B, nh, slots, hs)
         self.ffn = self.total = None                                 # three of (B, ., .), (B, D)
 
@@ -380,7 +383,7 @@ class Lory(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's: normal of std 0.02, less for what writes into the residual stream. Router biases start at zero, so
-        the prior starts uniform; router weights must not, or experts that start equal would stay equal."""
+        the prior starts uniform; router weights must not, or upcycled experts would stay equal (`upcycle`)."""
         for name, p in self.named_parameters():
             if name.endswith('router.bias'):
                 p.zero_()
@@ -489,11 +492,13 @@ class Lory(nn.Module):
 # Dense warm-up (Sec. 4.1, G.3): train the dense model first, then copy its FFN into every expert and go on as a MoE.
 
 def upcycle(dense, n_experts, optimizer=None):
-    """A Lory of n_experts experts that computes what `dense` does, and its optimiser (None without one).
+    """A Lory of n_experts experts that computes what `dense` does (expert choice: see there), and its optimiser (None
+    without one).
 
-    Equal experts merge to the same FFN under any weights, so the router's gradient starts at exactly zero; and a router
-    of zeros would hand all experts the same gradient, step after step: they would stay E copies of one dense model.
-    They part because the router starts random, so that each expert hears some segments louder than its siblings do.
+    Why the router must not start at zero: de_i = <dW, θ_i> is the same for all i while experts are equal, and softmax
+    ignores what is the same, so the router learns nothing yet. dθ_i = Σ_s e_si dW_s is the same for all i if e is uniform:
+    then experts stay E copies of one dense model for ever. A random router makes each hear some segments s louder than
+    its siblings do; they part, and from then on there is something to route.
     """
     model = Lory(replace(dense.config, n_experts=n_experts)).to(dense.embed.weight)
     old, new = dict(dense.named_parameters()), dict(model.named_parameters())

@@ -247,7 +247,8 @@ def nearest(X, k):
 
 def chain(neighbours, rng):
     """The greedy walk: from each document to its most similar neighbour not yet used; when all are used, on to a random
-    unused document. neighbours (n_docs, k), best first -> (order (n_docs,), number of restarts)."""
+    unused document. Within a document a segment resembles the one that routes it anyway; the walk makes it so across joints.
+    neighbours (n_docs, k), best first -> (order (n_docs,), number of restarts)."""
     neighbours, starts = neighbours.tolist(), rng.permutation(len(neighbours)).tolist()
     order, used, restarts = [], set(), -1  # the first start is no restart
     for start in starts:
@@ -445,6 +446,8 @@ def load_dataset(path, block_size):
     """The Dataset in the folder `path`. UserError unless every file is the one that meta.json describes, all token ids
     are in the vocabulary, and each split holds block_size + 1 tokens."""
     path, splits, cure = Path(path), [], f'run prepare.py with --dataset={Path(path).name} again.'
+    if not path.exists():
+        raise UserError(f'there is no dataset {path}; make one with: python prepare.py --input YOUR_TEXT --dataset={path.name}')
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:

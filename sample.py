@@ -33,7 +33,7 @@ def make_parser():
     flag('start', '\n', 'the prompt, or FILE:path to read it from')
     flag('num_samples', 1, 'continuations')
     flag('max_new_tokens', 300, 'tokens in each, at most')
-    flag('temperature', 0.8, 'below 1 is bolder, 0 is greedy')
+    flag('temperature', 0.8, 'below 1 favours likely tokens, 0 is greedy')
     flag('top_k', 0, 'draw from the k likeliest tokens only; 0: from all')
     flag('top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability')
     flag('stop', '', 'end a sample where this text appears, besides at the end of a document')

@@ -315,7 +315,8 @@ def train_steps(model, optimizer, steps, seed=0):
     return loss.item()
 
 
-def test_upcycling_changes_nothing_and_then_the_experts_part():
+@pytest.mark.parametrize('router', ['random', 'zero'])
+def test_upcycling_changes_nothing_and_then_the_experts_part_if_the_router_differs(router):
     torch.manual_seed(0)
     dense = Lory(small(n_experts=1))
     optimizer = dense.optimizer(1e-2, 0.1, (0.9, 0.95))
@@ -324,12 +325,16 @@ def test_upcycling_changes_nothing_and_then_the_experts_part():
     idx = torch.randint(50, (2, 24))
     torch.testing.assert_close(model(idx)[0], dense(idx)[0])
 
+    if router == 'zero':
+        for block in model.blocks:
+            torch.nn.init.zeros_(block.ffn.router.weight)
+
     def distance():
         w = model.blocks[0].ffn.gate
-        return (w - w.mean(0)).norm().item() / w.norm().item()
-    assert distance() < 1e-6
+        return (w - w[:1]).norm().item() / w.norm().item()
+    assert distance() == 0
     train_steps(model, moved_optimizer, 60, seed=1)
-    assert distance() > 0.01
+    assert distance() > 0.01 if router == 'random' else distance() == 0
 
 
 def test_upcycled_optimizer_takes_the_step_the_dense_one_would():
@@ -814,7 +819,7 @@ def data_flip(path, byte):
 
 DATA_DAMAGE = {
     'no meta': (lambda p: (p / 'meta.json').unlink(), 'incomplete'),
-    'no folder': (lambda p: shutil.rmtree(p), 'incomplete'),
+    'no folder': (lambda p: shutil.rmtree(p), 'no dataset'),
     'half a meta': (lambda p: (p / 'meta.json').write_text('{"format": 1,'), 'damaged'),
     'empty meta': (lambda p: (p / 'meta.json').write_text('{}'), 'damaged'),
     'version': (lambda p: data_rewrite(p, format=2), 'format 2'),

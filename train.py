@@ -521,7 +521,7 @@ def main(argv=None):
         t0 = time.time()
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(step, args)
-        loss = torch.zeros(2, device=device)                         # beside it, whether this process was asked to stop
+        totals = torch.zeros(2, device=device)                       # loss, and whether this process was asked to stop
         for i in range(args.gradient_accumulation_steps):
             if isinstance(running, DDP):                             # ranks exchange gradients once, at the last piece
                 running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
@@ -529,17 +529,17 @@ def main(argv=None):
                 piece, e = running(x, y, return_routing=True)[1:]    # (), (B, n_layer, N, E)
             x, y = next(batches)                                     # made ready while a GPU still computes
             scaler.scale(piece / args.gradient_accumulation_steps).backward()
-            loss[0] += piece.detach() / args.gradient_accumulation_steps
+            totals[0] += piece.detach() / args.gradient_accumulation_steps
             # In use: above 2/E for some routed segment (App. G.1). Before upcycling e is (B, n_layer, N, 1), all ones.
             if model.config.n_experts > 1:
                 in_use = in_use.maximum((e[:, :, 1:] > 2 / config.n_experts).any(2).any(0).float())   # (n_layer, E)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        loss[1] = len(asked)
+        totals[1] = len(asked)
         if world > 1:                                                # so that all ranks report, fail and stop alike
-            dist.all_reduce(loss)
-        loss, stop = (loss / world).tolist()
+            dist.all_reduce(totals)
+        loss, stop = (totals / world).tolist()
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise UserError(f'step {step}: loss {loss:.4f}, gradient norm {norm:.4f}; {checkpoint} was left as it was: '
                             'go on from it with --init_from=resume and a lower --learning_rate, or start anew with one.')

@@ -161,8 +161,8 @@ def change(runs, bases, name):
 
 
 def draw(rows):
-    """assets/claims.png: a dot for each seed; change in perplexity by domain; in bits per byte against tokens by size, by
-    choice; and experts in use over time."""
+    """assets/claims.png: a dot for each seed; change in perplexity by domain; in bits per byte by order
+    and T, and against tokens by size; and experts in use over time."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -184,7 +184,7 @@ def draw(rows):
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
     for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
-                        ('half H 512', 'H = 512'), ('half 4 layers', '4 layers')):
+                        ('half H 512', 'FFN of 512, not 192'), ('half 4 layers', '4 layers')):
         dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
