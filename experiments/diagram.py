@@ -37,6 +37,7 @@ for k, (e, text) in enumerate(zip(WEIGHTS, TEXTS)):
     ax.text(x + 3.2, 8.45, f'$e_{k + 1}$', ha='right', va='center', fontsize=11)
     arrow((x + 4.6, 8.9), (x + 4.6, 9.5))
     arrow((x + 6.4, 2.7), (x + 6.4, 9.5), linestyle=':')             # the segment's own tokens run through its FFN
+    arrow((x + 5.2, 12.7), (x + 5.2, 13.9))
     if k < 2:
         box(x + 0.2, 4.2, 4.4, 1.5, 'mean → router\n→ softmax', '#dfe8f2')
         arrow((x + 2.4, 2.7), (x + 2.4, 4.1))
@@ -44,6 +45,7 @@ for k, (e, text) in enumerate(zip(WEIGHTS, TEXTS)):
 box(0.1, 6.4, 2.7, 1.4, 'learned\nprior', '#dfe8f2')
 arrow((2.9, 7.2), (6.3, 8.1), color='#c0392b')
 ax.text(7.3, 6.4, 'one segment later', color='#c0392b', fontsize=9, ha='center')
+ax.text(28.3, 6, 'its tokens', fontsize=9, ha='right', rotation=90, va='center')
 for i in range(E):
     box(0.1, 12.9 - 0.95 * i, 2.7, 0.75, f'expert $\\theta_{i + 1}$', COLORS[i])
 fig.savefig(Path(__file__).parent.parent / 'assets/lory.png', dpi=110)
