@@ -60,11 +60,15 @@ GROUPS = {                                                           # in the or
     'e8 half H 512': '--n_experts=8 --segment_len=64 --ffn_hidden=512 --max_iters=3000',
     'dense half 4 layers': '--n_experts=1 --n_layer=4 --max_iters=3000',
     'e8 half 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4 --max_iters=3000',
+    # Domains further apart: manual pages in five languages.
+    'dense half languages': '--n_experts=1 --dataset=languages --max_iters=3000',
+    'e8 half languages': '--n_experts=8 --segment_len=64 --dataset=languages --max_iters=3000',
 }
 DATASETS = {                                                         # the flags of prepare.py that make each
     'builtin': '',
     'shuffled': '--order=random',
     'big': '--mb_per_domain=15',
+    'languages': '--input languages',
 }
 TABLES = {                                                           # title -> (baseline, groups compared with it)
     'Dense against experts': ('dense', ['e8 T512', 'e8 T256', 'e8', 'e32']),
@@ -76,6 +80,7 @@ TABLES = {                                                           # title -> 
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
+    'Half as long, five languages': ('dense half languages', ['e8 half languages']),
 }
 TABLE = f'{HERE}/runs.csv'
 
@@ -126,17 +131,22 @@ def last(group, rows):
     return {int(r['seed']): r for r in rows if r['group'] == group and r['val_bpb']}   # rows stand in the order of their steps
 
 
+def domains_of(group, rows):
+    """The domains of that group's dataset: columns of others are empty."""
+    return [name[4:] for name, value in next(iter(last(group, rows).values())).items() if name.startswith('ppl_') and value]
+
+
 def show(values, form):
     return f'{statistics.mean(values):{form}}' + (f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else '')
 
 
 def report(rows):
     """The tables, in Markdown: mean (lowest to highest of the seeds), and the change against the baseline, seed by seed."""
-    domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
     for title, (base, groups) in TABLES.items():
         bases = last(base, rows)
         if not bases:
             continue
+        domains = domains_of(base, rows)
         print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte | change |\n|' + '---|' * (len(domains) + 3))
         # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
         for later in ('', 'later_') if any('T256' in group for group in groups) else ('',):
@@ -166,7 +176,7 @@ def draw(rows):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    domains = [name[4:] for name in rows[0] if name.startswith('ppl_')]
+    domains = domains_of('dense', rows)
     fig, ((by_domain, by_order), (by_size, use)) = plt.subplots(2, 2, figsize=(11, 7.6), layout='constrained')
     for k, (group, name) in enumerate((('e8 T256', '8 experts, T = 256'), ('e8', '8 experts, T = 64'), ('e32', '32 experts, T = 64'))):
         for i, d in enumerate(domains):
@@ -184,7 +194,8 @@ def draw(rows):
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
     for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
-                        ('half H 512', 'FFN of 512, not 192'), ('half 4 layers', '4 layers')):
+                        ('half H 512', 'FFN of 512, not 192'), ('half 4 layers', '4 layers'),
+                        ('half languages', 'five languages')):
         dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
@@ -221,7 +232,10 @@ def main():
     if missing:
         os.makedirs('runs', exist_ok=True)
         for dataset, flags in DATASETS.items():
-            if not os.path.exists(f'data/{dataset}/meta.json'):
+            wanted = any((f'--dataset={dataset}' if dataset != 'builtin' else '') in GROUPS[group] for group, _ in missing)
+            if wanted and not os.path.exists(f'data/{dataset}/meta.json'):
+                if dataset == 'languages' and not os.path.exists(dataset):
+                    raise UserError('there is no languages/ here: the commands in experiments/README.md make it.')
                 prepare.main([f'--dataset={dataset}', *flags.split()])
     failed = []
     with ThreadPoolExecutor(args.workers) as pool:
@@ -233,7 +247,7 @@ def main():
                 rows = sorted(table() + done.result(),               # read anew: another claims.py may have added to it
                               key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
                 with atomic_open(TABLE, 'w', newline='') as f:
-                    writer = csv.DictWriter(f, rows[0])
+                    writer = csv.DictWriter(f, dict.fromkeys(name for r in rows for name in r))
                     writer.writeheader()
                     writer.writerows(rows)
         except KeyboardInterrupt:                                    # the runs save and end by themselves

@@ -1,0 +1,73 @@
+"""
+Where experts gain and where they do not: on what is new in a window, and on what can be copied from earlier in it.
+
+    python experiments/copying.py                       the runs of claims.py with two layers (big) and with four
+
+A held-out token counts as *repeated* if it follows its predecessor for the second time in its window of 1024 tokens: attention
+alone can copy it (induction heads, arXiv:2209.11895). All others are *new*. Prints nats a token of each kind, and writes
+experiments/copying.json.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, HERE)
+import prepare
+from claims import SEEDS, show
+from inside import batches, nats
+from lory import UserError, atomic_open, load_checkpoint
+
+PAIRS = {'2 layers': ('dense-big', 'e8-big'), '4 layers': ('dense-half-4-layers', 'e8-half-4-layers')}
+
+
+def repeated(x, y):
+    """Which pairs (x, y) of a window stood earlier in it. (B, L), (B, L) -> (B, L)"""
+    result = np.zeros(x.shape, bool)
+    for row, pairs in enumerate(zip(x.tolist(), y.tolist())):
+        seen = set()
+        for t, pair in enumerate(zip(*pairs)):
+            result[row, t] = pair in seen
+            seen.add(pair)
+    return torch.from_numpy(result)
+
+
+def measure(run):
+    """-> nats of repeated tokens, of new ones, and the share of the repeated"""
+    model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
+    if ckpt['step'] < ckpt['args']['max_iters']:
+        raise UserError(f'runs/{run} is not finished: python experiments/claims.py goes on with it.')
+    L = model.config.block_size
+    tokens = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', L).val.tokens
+    losses, again = [], []
+    for x, y in batches([tokens[i:i + L + 1] for i in range(0, len(tokens) - L, L)]):
+        losses.append(nats(model.eval(), x, y)[0])
+        again.append(repeated(x, y))
+    losses, again = torch.cat(losses), torch.cat(again)              # (n, L) both
+    return dict(repeated=losses[again].mean().item(), new=losses[~again].mean().item(), share=again.float().mean().item())
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = {run: measure(run) for pair in PAIRS.values() for seed in SEEDS for run in (f'{kind}-{seed}' for kind in pair)}
+    with atomic_open(f'{HERE}/copying.json', 'w') as f:
+        json.dump(results, f, indent=1)
+    print('| | repeated: dense | 8 experts | new: dense | 8 experts | change |\n|---|---|---|---|---|---|')
+    for name, pair in PAIRS.items():
+        dense, experts = ([results[f'{kind}-{seed}'] for seed in SEEDS] for kind in pair)
+        cells = [show([r[part] for r in runs], '.3f') for part in ('repeated', 'new') for runs in (dense, experts)]
+        gain = [100 * (b['new'] / a['new'] - 1) for a, b in zip(dense, experts)]
+        print(f'| {name}, {100 * dense[0]["share"]:.0f}% repeated | ' + ' | '.join(cells) + f' | {show(gain, "+.2f")}% |')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        print(f'copying.py: {e}', file=sys.stderr)
+        sys.exit(2)
