@@ -44,6 +44,7 @@ model, dense warm-up, and last what the scripts share.
 """
 import math
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -541,10 +542,10 @@ def add_flags(parser, config_class):
 
 @contextmanager
 def atomic_open(path, mode='wb', **kw):
-    """Write a file whole or not at all: to a .tmp of this process beside it, then fsync, then rename over path. Whatever
+    """Write a file whole or not at all: to a .tmp of its own beside it, then fsync, then rename over path. Whatever
     goes wrong, what was at path before is still there. Raises UserError when the disk is full or the folder cannot be
     written."""
-    tmp = f'{path}.{os.getpid()}.tmp'
+    tmp = f'{path}.{secrets.token_hex(4)}.tmp'
     try:
         with open(tmp, mode, **kw) as f:
             yield f

@@ -447,7 +447,8 @@ def load_dataset(path, block_size):
     are in the vocabulary, and each split holds block_size + 1 tokens."""
     path, splits, cure = Path(path), [], f'run prepare.py with --dataset={Path(path).name} again.'
     if not path.exists():
-        raise UserError(f'there is no dataset {path}; make one with: python prepare.py --input YOUR_TEXT --dataset={path.name}')
+        raise UserError(f'there is no dataset in {path}; make it with prepare.py and --dataset={path.name}, or go to the folder '
+                        'that holds data/.')
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:

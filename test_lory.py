@@ -876,6 +876,7 @@ def test_interrupted_prepare_leaves_old_or_refused(failing, data_home, tmp_path,
     assert not list(path.glob('*.tmp'))
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_two_processes_that_write_one_file_do_not_meet(tmp_path):
     """As two runs begun side by side on a fresh machine do: both prepare the built-in corpus."""
     path = tmp_path / 'x'
@@ -1156,7 +1157,7 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(run_home, mon
             fsync = os.fsync                                         # the file is written, but not yet in its place
 
             def half(fd):
-                if os.readlink(f'/proc/self/fd/{fd}').endswith(f'{where.split()[1]}.{os.getpid()}.tmp'):
+                if f'/{where.split()[1]}.' in os.readlink(f'/proc/self/fd/{fd}'):
                     reached()
                 fsync(fd)
             m.setattr(os, 'fsync', half)
@@ -1222,7 +1223,7 @@ def test_two_runs_do_not_share_a_folder(run_home):
             run_script(train, run_home, '--init_from=resume', '--out_dir=whole', '--max_iters=31')
     finally:
         held.communicate(b'')                                        # it ends, and so does its claim
-    half = run_home / 'whole/ckpt.pt.1.tmp'                          # what a killed run leaves goes with the next one's claim
+    half = run_home / 'whole/ckpt.pt.12ab.tmp'                          # what a killed run leaves goes with the next one's claim
     half.touch()
     train.claim(str(run_home / 'whole')).close()
     assert not half.exists()

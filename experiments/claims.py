@@ -133,7 +133,7 @@ def last(group, rows):
 
 def domains_of(group, rows):
     """The domains of that group's dataset: columns of others are empty."""
-    return [name[4:] for name, value in next(iter(last(group, rows).values())).items() if name.startswith('ppl_') and value]
+    return [name[4:] for name, value in next(iter(last(group, rows).values()), {}).items() if name.startswith('ppl_') and value]
 
 
 def show(values, form):
@@ -196,7 +196,7 @@ def draw(rows):
     for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
                         ('half H 512', 'FFN of 512, not 192'), ('half 4 layers', '4 layers'),
                         ('half languages', 'five languages')):
-        dense, experts = ({(r['seed'], int(r['step'])): float(r['val_bpb']) for r in rows
+        dense, experts = ({(int(r['seed']), int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
         gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense] for step in steps]
@@ -232,8 +232,8 @@ def main():
     if missing:
         os.makedirs('runs', exist_ok=True)
         for dataset, flags in DATASETS.items():
-            wanted = any((f'--dataset={dataset}' if dataset != 'builtin' else '') in GROUPS[group] for group, _ in missing)
-            if wanted and not os.path.exists(f'data/{dataset}/meta.json'):
+            datasets = [(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0] for group, _ in missing]
+            if dataset in datasets and not os.path.exists(f'data/{dataset}/meta.json'):
                 if dataset == 'languages' and not os.path.exists(dataset):
                     raise UserError('there is no languages/ here: the commands in experiments/README.md make it.')
                 prepare.main([f'--dataset={dataset}', *flags.split()])

@@ -3,7 +3,9 @@ Where experts gain and where they do not: on what is new in a window, and on wha
 
     python experiments/copying.py                       the finished runs of claims.py with two layers (big) and with four
 
-A held-out token counts as *repeated* if it follows its predecessor for the second time in its window of 1024 tokens: attention
+A run that stands in experiments/copying.json is not measured again; others are looked for in runs/.
+
+A held-out token counts as *repeated* if it has followed its predecessor before in its window of 1024 tokens: attention
 alone can copy it (induction heads, arXiv:2209.11895). All others are *new*. Prints nats a token of each kind, and writes
 experiments/copying.json.
 """
@@ -54,21 +56,21 @@ def measure(run):
 
 def main():
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    results = {}
+    path, results = f'{HERE}/copying.json', {}
+    if os.path.exists(path):
+        with open(path) as f:
+            results = json.load(f)
     print('| | seed | repeated: dense | 8 experts | new: dense | 8 experts |\n|---|---|---|---|---|---|')
     for name, pair in PAIRS.items():
         for seed in SEEDS:
             runs = [f'{kind}-{seed}' for kind in pair]
-            if not all(os.path.exists(f'runs/{run}/ckpt.pt') for run in runs):
-                continue
-            found = {run: measure(run) for run in runs}
-            if all(found.values()):
-                results |= found
-                cells = ' | '.join(f'{found[run][part]:.3f}' for part in ('repeated', 'new') for run in runs)
+            for run in runs:
+                if run not in results and os.path.exists(f'runs/{run}/ckpt.pt'):
+                    results |= {run: r for r in [measure(run)] if r}
+            if all(run in results for run in runs):
+                cells = ' | '.join(f'{results[run][part]:.3f}' for part in ('repeated', 'new') for run in runs)
                 print(f'| {name} | {seed} | {cells} |', flush=True)
-    if not results:
-        raise UserError("no finished pair in runs/: python experiments/claims.py --train 'dense big' 'e8 big' makes them.")
-    with atomic_open(f'{HERE}/copying.json', 'w') as f:
+    with atomic_open(path, 'w') as f:
         json.dump(results, f, indent=1)
 
 
