@@ -1223,7 +1223,7 @@ def test_two_runs_do_not_share_a_folder(run_home):
             run_script(train, run_home, '--init_from=resume', '--out_dir=whole', '--max_iters=31')
     finally:
         held.communicate(b'')                                        # it ends, and so does its claim
-    half = run_home / 'whole/ckpt.pt.12ab.tmp'                          # what a killed run leaves goes with the next one's claim
+    half = run_home / 'whole/ckpt.pt.12ab.tmp'                       # what a killed run leaves goes with the next one's claim
     half.touch()
     train.claim(str(run_home / 'whole')).close()
     assert not half.exists()

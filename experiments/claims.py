@@ -231,9 +231,9 @@ def main():
     missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS if (group, seed) not in have]
     if missing:
         os.makedirs('runs', exist_ok=True)
+        wanted = {(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0] for group, _ in missing}
         for dataset, flags in DATASETS.items():
-            datasets = [(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0] for group, _ in missing]
-            if dataset in datasets and not os.path.exists(f'data/{dataset}/meta.json'):
+            if dataset in wanted and not os.path.exists(f'data/{dataset}/meta.json'):
                 if dataset == 'languages' and not os.path.exists(dataset):
                     raise UserError('there is no languages/ here: the commands in experiments/README.md make it.')
                 prepare.main([f'--dataset={dataset}', *flags.split()])

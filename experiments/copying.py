@@ -40,10 +40,10 @@ def repeated(x, y):
 
 
 def measure(run):
-    """-> nats of repeated tokens, of new ones, and the share of the repeated; None if the run is not finished"""
+    """-> nats of repeated tokens, of new ones, and the share of the repeated"""
     model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
     if ckpt['step'] < ckpt['args']['max_iters']:
-        return None
+        raise UserError(f'runs/{run} is not finished: python experiments/claims.py goes on with it.')
     L = model.config.block_size
     tokens = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', L).val.tokens
     losses, again = [], []
@@ -66,7 +66,7 @@ def main():
             runs = [f'{kind}-{seed}' for kind in pair]
             for run in runs:
                 if run not in results and os.path.exists(f'runs/{run}/ckpt.pt'):
-                    results |= {run: r for r in [measure(run)] if r}
+                    results[run] = measure(run)
             if all(run in results for run in runs):
                 cells = ' | '.join(f'{results[run][part]:.3f}' for part in ('repeated', 'new') for run in runs)
                 print(f'| {name} | {seed} | {cells} |', flush=True)
