@@ -40,6 +40,9 @@ GROUPS = {                                                           # in the or
     'dense big': '--n_experts=1 --dataset=big',
     'e8 big': '--n_experts=8 --segment_len=64 --dataset=big',
     'e32 big': '--n_experts=32 --segment_len=64 --dataset=big',
+    # Twice as deep.
+    'dense 4 layers': '--n_experts=1 --n_layer=4',
+    'e8 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4',
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
@@ -74,6 +77,7 @@ TABLES = {                                                           # title -> 
     'Dense against experts': ('dense', ['e8 T512', 'e8 T256', 'e8', 'e32']),
     'Shuffled order': ('dense shuffled', ['e8 T512 shuffled', 'e8 T256 shuffled', 'e8 shuffled']),
     'More text': ('dense big', ['e8 big', 'e32 big']),
+    '4 layers': ('dense 4 layers', ['e8 4 layers']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
                                     'e8 half T256 short', 'e8 half T512']),

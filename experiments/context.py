@@ -1,0 +1,90 @@
+"""
+Which held-out tokens a model gains on, told apart by what stands before them in their window of 1024 tokens.
+
+    python experiments/context.py                       the finished runs of claims.py that PAIRS names
+
+*Repeated* or *new*: has this token followed its predecessor before in the window? Then attention alone can copy it (induction
+heads, arXiv:2209.11895). *Alone* or *after*: does another document stand before this token's own in the window?
+
+A run that stands in experiments/context.json is not measured again; others are looked for in runs/. Prints nats a token of
+each kind, first model -> second, and writes experiments/context.json.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, HERE)
+import prepare
+from claims import SEEDS
+from inside import batches, nats
+from lory import UserError, atomic_open, load_checkpoint
+
+PAIRS = {
+    'dense -> 8 experts, 2.5 times the text': ('dense-big', 'e8-big'),
+    'dense -> 8 experts, 4 layers, half as long': ('dense-half-4-layers', 'e8-half-4-layers'),
+    'dense -> 8 experts, 4 layers': ('dense-4-layers', 'e8-4-layers'),
+    'chained -> shuffled, 8 experts, T = 512': ('e8-T512', 'e8-T512-shuffled'),
+}
+KINDS = ('repeated', 'new', 'alone', 'after')
+
+
+def repeated(x, y):
+    """Which pairs (x, y) of a window stood earlier in it. (B, L), (B, L) -> (B, L)"""
+    result = np.zeros(x.shape, bool)
+    for row, pairs in enumerate(zip(x.tolist(), y.tolist())):
+        seen = set()
+        for t, pair in enumerate(zip(*pairs)):
+            result[row, t] = pair in seen
+            seen.add(pair)
+    return torch.from_numpy(result)
+
+
+def measure(model, ckpt):
+    """-> nats a token of each of KINDS, and the share of the tokens that are repeated and that are alone"""
+    L = model.config.block_size
+    data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', L)
+    tokens, losses, again, alone = data.val.tokens, [], [], []
+    for x, y in batches([tokens[i:i + L + 1] for i in range(0, len(tokens) - L, L)]):
+        losses.append(nats(model.eval(), x, y)[0])
+        again.append(repeated(x, y))
+        begun = (x == data.meta['eot']).cumsum(1)                    # documents that have begun in this window
+        alone.append(begun == begun[:, :1])
+    losses, again, alone = map(torch.cat, (losses, again, alone))    # (n, L) each
+    result = {kind: losses[chosen].mean().item() for kind, chosen in zip(KINDS, (again, ~again, alone, ~alone))}
+    return result | dict(share_repeated=again.float().mean().item(), share_alone=alone.float().mean().item())
+
+
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    path, results = f'{HERE}/context.json', {}
+    if os.path.exists(path):
+        with open(path) as f:
+            results = json.load(f)
+    print('| | seed | ' + ' | '.join(KINDS) + ' |\n|' + '---|' * (len(KINDS) + 2))
+    for name, pair in PAIRS.items():
+        for seed in SEEDS:
+            runs = [f'{group}-{seed}' for group in pair]
+            for run in runs:
+                if run not in results and os.path.exists(f'runs/{run}/ckpt.pt'):
+                    model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
+                    if ckpt['step'] == ckpt['args']['max_iters']:
+                        results[run] = measure(model, ckpt)
+            if all(run in results for run in runs):
+                cells = ' | '.join(' -> '.join(f'{results[run][kind]:.3f}' for run in runs) for kind in KINDS)
+                print(f'| {name} | {seed} | {cells} |', flush=True)
+    with atomic_open(path, 'w') as f:
+        json.dump(results, f, indent=1)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as e:
+        print(f'context.py: {e}', file=sys.stderr)
+        sys.exit(2)
