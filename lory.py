@@ -169,7 +169,8 @@ class LoryFFN(nn.Module):
         e = self.weights(x.mean(2))                                  # (B, N, E), what each segment says of itself
         if self.first_segment == 'self':
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but the forward pass
-            # still shows token 1 the mean of tokens 2..T: a loss over segment 1 comes out too good (measured in README.md).
+            # still shows token 1 the mean of tokens 2..T: a loss over segment 1 comes out too good
+            # (by how much: experiments/README.md).
             first = e[:, :1].detach()                                # (B, 1, E)
         else:
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.

@@ -4,7 +4,7 @@ From documents to training data: read, hold out, chain similar documents, tokeni
 Lory routes each segment by the segment before it, so neighbouring segments must have something to do with each other.
 Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2, App. C) therefore orders
 the documents by similarity, and so does this script. The longer segments are compared with documents, the more that adds to
-what experts gain over a dense model; for short ones it adds nothing (README.md, "Chained or shuffled?").
+what experts gain over a dense model; for short ones it adds nothing (experiments/README.md, "Chained or shuffled?").
 
     documents -> hold out whole files -> TF-IDF vectors -> drop near-duplicates -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one token stream, which train.py cuts into windows
