@@ -26,7 +26,7 @@ FFNs into every expert (Sec. 4.1).
          |              |                    |
      FFN Σ e_1i θ_i   FFN Σ e_2i θ_i      FFN Σ e_3i θ_i             merged experts, one FFN a segment
 
-Nothing precedes segment 1; `LoryFFN.route` says what routes it.
+Nothing precedes segment 1: a learned prior routes it, or as in the paper its own mean (`LoryFFN.route`).
 
 One letter, one meaning, here and in every shape comment:
 
@@ -105,7 +105,7 @@ class LoryConfig:
 
 def merge(e, theta):
     """Σ_i e_i θ_i for S sets of routing weights at once, one matrix product. (S, E), (E, in, out) -> (S, in, out)
-    Not the mean of E outputs, for an FFN is not linear in its weights: merging weights is what leaves one FFN to run."""
+    Averaging the outputs of E FFNs would mean running all E; averaging their weights leaves one to run."""
     return (e @ theta.flatten(1)).view(-1, *theta.shape[1:])
 
 
@@ -129,8 +129,8 @@ class MergedLinear(torch.autograd.Function):
         # Wᵀ from θᵀ, not W turned: torch.compile would know that product from the forward pass, and keep it after all.
         dx = dy @ merge(e_low, theta.mT.to(x.dtype))                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
-        # de = dW θᵀ. The softmax behind e hears only how experts differ, and soon after upcycling they differ by less than
-        # bfloat16 resolves. So dW meets expert 1 and the others' differences from it, to be added up in e's float32.
+        # de = dW θᵀ. Softmax passes on only how this differs from expert to expert, and soon after upcycling experts differ
+        # by less than bfloat16 resolves: so expert 1 is subtracted from the others before rounding, and added back after.
         parts = theta - theta[:1]                                    # (E, in, out)
         parts[0] = theta[0]
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)   # (S, E), in the order that CPUs do faster
@@ -174,8 +174,7 @@ class LoryFFN(nn.Module):
             first = e[:, :1].detach()                                # (B, 1, E)
         else:
             # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
-            bias = self.router.bias
-            first = bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)             # (B, 1, E)
+            first = self.router.bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)   # (B, 1, E)
         # Moved by one segment: what the last one says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the
         # first one only (which itself is routed as above).
         later = e[:, :-1] if self.routing == 'causal' else e[:, :1].expand(-1, e.shape[1] - 1, -1)   # (B, N - 1, E)
@@ -494,7 +493,7 @@ class Lory(nn.Module):
 # Dense warm-up (Sec. 4.1, G.3): train the dense model first, then copy its FFN into every expert and go on as a MoE.
 
 def upcycle(dense, n_experts, optimizer=None):
-    """A Lory of n_experts experts that computes what `dense` does (expert choice: see there), and its optimiser (None
+    """A Lory of n_experts experts that computes what `dense` does (`ExpertChoiceFFN` says where not), and its optimiser (None
     without one).
 
     Why the router must not start at zero: de_i = <dW, θ_i> is the same for all i while experts are equal, and softmax
@@ -515,12 +514,10 @@ def upcycle(dense, n_experts, optimizer=None):
         # With weights near 1/E an expert hears 1/E of the dense gradient g. Adam's averages of g and g² follow suit,
         # so that the first steps after upcycling are neither too long nor too short.
         share = 1 / n_experts if new[name].shape != p.shape else 1
-        state = optimizer.state.get(p)
-        if state is None:                                            # not a step taken yet
-            continue
-        moved.state[new[name]] = dict(step=state['step'].clone(),
-                                      exp_avg=state['exp_avg'].expand_as(new[name]) * share,
-                                      exp_avg_sq=state['exp_avg_sq'].expand_as(new[name]) * share**2)
+        if state := optimizer.state.get(p):                          # none before the first step
+            moved.state[new[name]] = dict(step=state['step'].clone(),
+                                          exp_avg=state['exp_avg'].expand_as(new[name]) * share,
+                                          exp_avg_sq=state['exp_avg_sq'].expand_as(new[name]) * share**2)
     return model, moved
 
 

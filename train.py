@@ -248,8 +248,10 @@ def learning_rate(step, args):
 # One run among many processes: who may write to out_dir, and a model split over the ranks.
 
 def claim(out_dir):
-    """Keep out_dir for this process as long as it lives and the returned file is open. UserError if another has it."""
+    """Make out_dir and keep it for this process as long as it lives and the returned file is open. UserError if another has
+    it."""
     try:
+        os.makedirs(out_dir, exist_ok=True)
         if not os.access(out_dir, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         lock = open(f'{out_dir}/.lock', 'w')
@@ -261,7 +263,7 @@ def claim(out_dir):
     except BlockingIOError:
         raise UserError(f'another run is at work in {out_dir}: wait for it, or choose another --out_dir.') from None
     except OSError as e:
-        raise UserError(f'cannot write to {out_dir} ({e.strerror}); choose another --out_dir.') from e
+        raise UserError(f'cannot write to {out_dir!r} ({e.strerror}); choose another --out_dir.') from e
     return lock
 
 
@@ -367,10 +369,6 @@ def main(argv=None):
     keep_memory(device)
 
     # --- data ---
-    try:
-        os.makedirs(args.out_dir, exist_ok=True)
-    except OSError as e:
-        raise UserError(f'cannot make the folder {args.out_dir!r} ({e.strerror}); choose another --out_dir.') from e
     lock = claim(args.out_dir) if rank == 0 else None                # held as long as this name is
     wanted = args.dataset == 'builtin' and args.init_from != 'resume' and not os.path.exists('data/builtin/meta.json')
     if wanted and rank == 0:
@@ -405,10 +403,7 @@ def main(argv=None):
         step, rows, since, loss_sum, in_use = 0, [], 0, 0.0, torch.zeros(config.n_layer, config.n_experts)
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     if args.init_from == 'resume':
-        optimizer.load_state_dict(ckpt['optimizer'])
-        for group in optimizer.param_groups:                         # these may have been given anew
-            group['betas'] = (args.beta1, args.beta2)
-            group['weight_decay'] = args.weight_decay if group['params'][0].dim() > 1 else 0.0
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=ckpt['optimizer']['state']))   # its flags may be new
         if scaler.is_enabled() and ckpt['scaler']:
             scaler.load_state_dict(ckpt['scaler'])
         torch.set_rng_state(ckpt['rng'])
@@ -446,15 +441,12 @@ def main(argv=None):
     in_use = in_use.to(device)                                       # (n_layer, E), 1 for an expert in use
     # Of two experts neither can exceed 2/E; expert choice merges none; the only segment is routed by no text.
     counted = config.n_experts > 2 and config.routing != 'expert_choice' and config.segment_len < config.block_size
-    # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it.
+    # Under the paper's rule segment 1 sees ahead, so such a model is judged by what comes after it, if anything does.
     ahead = config.first_segment == 'self' and config.n_experts > 1 and config.routing != 'expert_choice'
-    longest = max((len(w) for each in windows for w in each), default=1) - 1          # tokens predicted
-    judged = 'later_bpb' if ahead and config.segment_len < longest else 'val_bpb'
     peak = next((flops for card, flops in PEAK.items() if 'cuda' in device and dtype != torch.float32
                  and card in torch.cuda.get_device_name(device)), None)
-    pieces = itertools.count(step * args.gradient_accumulation_steps)
     batches = (get_batch(data.train.tokens, (i * world + rank) * share, share, args.block_size, args.seed, device)
-               for i in pieces)
+               for i in itertools.count(step * args.gradient_accumulation_steps))
     x, y = next(batches)
 
     def save(is_best=False, routing=None):
@@ -514,6 +506,7 @@ def main(argv=None):
                 ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for i, name in enumerate(domains) if windows[i]))
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'step {step}: the validation loss is not finite; {checkpoint} was left as it was.')
+            judged = 'later_bpb' if ahead and math.isfinite(row['later_bpb']) else 'val_bpb'
             save(row[judged] == min(r[judged] for r in rows if judged in r), routing)
         if last:
             break
