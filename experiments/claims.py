@@ -140,8 +140,8 @@ def domains_of(group, rows):
     return [name[4:] for name, value in next(iter(last(group, rows).values()), {}).items() if name.startswith('ppl_') and value]
 
 
-def show(values, form):
-    return f'{statistics.mean(values):{form}}' + (f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else '')
+def show(values, form, unit=''):
+    return f'{statistics.mean(values):{form}}{unit}' + (f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else '')
 
 
 def report(rows):
@@ -165,8 +165,8 @@ def report(rows):
             for later in ('', 'later_') if 'T256' in group else ('',):
                 bpb = 'later_bpb' if later else 'val_bpb'
                 print(f'| {group}{note}{", after segment 1" if later else ""} | '
-                      + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f")}%' for d in domains)
-                      + f' | {show([float(r[bpb]) for r in runs.values()], ".3f")} | {show(change(runs, bases, bpb), "+.2f")}% |')
+                      + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f", "%")}' for d in domains)
+                      + f' | {show([float(r[bpb]) for r in runs.values()], ".3f")} | {show(change(runs, bases, bpb), "+.2f", "%")} |')
 
 
 def change(runs, bases, name):
