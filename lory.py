@@ -394,7 +394,7 @@ class Lory(nn.Module):
 
     def trunk(self, idx, pos, caches=None):
         """Everything below the output head. (B, L) tokens -> (B, L, D), routing weights (B, N, E) of each layer."""
-        x, weights = self.embed(idx), []
+        x, weights = self.embed(idx), []                             # (B, L, D)
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             if cache is not None:

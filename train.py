@@ -184,7 +184,7 @@ def evaluate(model, windows, token_bytes, args, device, autocast):
             sums[d, 0] += terms.sum((1, 2)).cpu()
             sums[d, 1] += terms[:, :, args.segment_len:].sum((1, 2)).cpu()
             e = e[:, :, 1:] if e.shape[2] > 1 else e                 # (B, n_layer, N - 1, E)
-            routing[d] += e.mean(2).sum(0) / len(chosen)
+            routing[d] += e.mean(2).sum(0) / len(chosen)             # (n_layer, E)
     if world > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -494,7 +494,7 @@ def main(argv=None):
         if (step % args.eval_interval == 0 or last) and not done:
             sums, routing = evaluate(model, windows, token_bytes, args, device, autocast)
             bpb = sums[..., 0] / sums[..., 2] / math.log(2)          # (n_domains, 2)
-            ppl = (sums[..., 0] / sums[..., 1]).exp()
+            ppl = (sums[..., 0] / sums[..., 1]).exp()                # (n_domains, 2)
             row = dict(step=step, val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
             for d, name in enumerate(domains):
                 row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
