@@ -29,7 +29,7 @@ import prepare
 from lory import atomic_open, load_checkpoint
 
 KILLS = 50
-FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=800', '--eval_interval=20', '--eval_windows=2',
+FLAGS = ['--n_embd=32', '--block_size=256', '--segment_len=64', '--max_iters=3000', '--eval_interval=20', '--eval_windows=2',
          '--log_interval=5', '--dense_warmup=.5', '--device=cpu']
 
 
