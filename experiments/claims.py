@@ -43,6 +43,8 @@ GROUPS = {                                                           # in the or
     # Twice as deep.
     'dense 4 layers': '--n_experts=1 --n_layer=4',
     'e8 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4',
+    'dense big 4 layers': '--n_experts=1 --n_layer=4 --dataset=big',
+    'e8 big 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4 --dataset=big',
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
@@ -78,6 +80,7 @@ TABLES = {                                                           # title -> 
     'Shuffled order': ('dense shuffled', ['e8 T512 shuffled', 'e8 T256 shuffled', 'e8 shuffled']),
     'More text': ('dense big', ['e8 big', 'e32 big']),
     '4 layers': ('dense 4 layers', ['e8 4 layers']),
+    '4 layers, more text': ('dense big 4 layers', ['e8 big 4 layers']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
                                     'e8 half T256 short', 'e8 half T512']),

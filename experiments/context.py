@@ -1,10 +1,11 @@
 """
-Which held-out tokens a model gains on, told apart by what stands before them in their window of 1024 tokens.
+Which tokens a model gains on, in held-out text and in training text, told apart by what stands before them in their window
+of 1024 tokens.
 
     python experiments/context.py                       the finished runs of claims.py that PAIRS names
 
-*Repeated* or *new*: has this token followed its predecessor before in the window? Then attention alone can copy it (induction
-heads, arXiv:2209.11895). *Alone* or *after*: does another document stand before this token's own in the window?
+*Repeated* or *new*: has this token followed its predecessor before in the window? Then attention alone can copy it
+(induction heads, arXiv:2209.11895). *Alone* or *after*: does another document stand before its own in the window?
 
 A run that stands in experiments/context.json is not measured again; others are looked for in runs/. Prints nats a token of
 each kind, first model -> second, and writes experiments/context.json.
@@ -29,6 +30,7 @@ PAIRS = {
     'dense -> 8 experts, 2.5 times the text': ('dense-big', 'e8-big'),
     'dense -> 8 experts, 4 layers, half as long': ('dense-half-4-layers', 'e8-half-4-layers'),
     'dense -> 8 experts, 4 layers': ('dense-4-layers', 'e8-4-layers'),
+    'dense -> 8 experts, 4 layers, 2.5 times the text': ('dense-big-4-layers', 'e8-big-4-layers'),
     'chained -> shuffled, 8 experts, T = 512': ('e8-T512', 'e8-T512-shuffled'),
 }
 KINDS = ('repeated', 'new', 'alone', 'after')
@@ -46,18 +48,20 @@ def repeated(x, y):
 
 
 def measure(model, ckpt):
-    """-> nats a token of each of KINDS, and the share of the tokens that are repeated and that are alone"""
+    """-> nats a token of each of KINDS in held-out text, and in as much training text: {text: {kind: nats}}"""
     L = model.config.block_size
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', L)
-    tokens, losses, again, alone = data.val.tokens, [], [], []
-    for x, y in batches([tokens[i:i + L + 1] for i in range(0, len(tokens) - L, L)]):
-        losses.append(nats(model.eval(), x, y)[0])
-        again.append(repeated(x, y))
-        begun = (x == data.meta['eot']).cumsum(1)                    # documents that have begun in this window
-        alone.append(begun == begun[:, :1])
-    losses, again, alone = map(torch.cat, (losses, again, alone))    # (n, L) each
-    result = {kind: losses[chosen].mean().item() for kind, chosen in zip(KINDS, (again, ~again, alone, ~alone))}
-    return result | dict(share_repeated=again.float().mean().item(), share_alone=alone.float().mean().item())
+    result, n = {}, (len(data.val.tokens) - 1) // L
+    for text, tokens in (('held out', data.val.tokens), ('training', data.train.tokens)):
+        losses, again, alone = [], [], []
+        for x, y in batches([tokens[i:i + L + 1] for i in np.linspace(0, len(tokens) - L - 1, n).astype(int)]):
+            losses.append(nats(model.eval(), x, y)[0])
+            again.append(repeated(x, y))
+            begun = (x == data.meta['eot']).cumsum(1)                # documents that have begun in this window
+            alone.append(begun == begun[:, :1])
+        losses, again, alone = map(torch.cat, (losses, again, alone))                 # (n, L) each
+        result[text] = {kind: losses[chosen].mean().item() for kind, chosen in zip(KINDS, (again, ~again, alone, ~alone))}
+    return result
 
 
 def main():
@@ -66,7 +70,7 @@ def main():
     if os.path.exists(path):
         with open(path) as f:
             results = json.load(f)
-    print('| | seed | ' + ' | '.join(KINDS) + ' |\n|' + '---|' * (len(KINDS) + 2))
+    print('| | seed | text | ' + ' | '.join(KINDS) + ' |\n|' + '---|' * (len(KINDS) + 3))
     for name, pair in PAIRS.items():
         for seed in SEEDS:
             runs = [f'{group}-{seed}' for group in pair]
@@ -75,9 +79,9 @@ def main():
                     model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
                     if ckpt['step'] == ckpt['args']['max_iters']:
                         results[run] = measure(model, ckpt)
-            if all(run in results for run in runs):
-                cells = ' | '.join(' -> '.join(f'{results[run][kind]:.3f}' for run in runs) for kind in KINDS)
-                print(f'| {name} | {seed} | {cells} |', flush=True)
+            for text in ('held out', 'training') if all(run in results for run in runs) else ():
+                cells = ' | '.join(' -> '.join(f'{results[run][text][kind]:.3f}' for run in runs) for kind in KINDS)
+                print(f'| {name} | {seed} | {text} | {cells} |', flush=True)
     with atomic_open(path, 'w') as f:
         json.dump(results, f, indent=1)
 
