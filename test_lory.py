@@ -1200,6 +1200,22 @@ def test_best_is_the_best_validation(run_home, monkeypatch, rule, judged):
     assert steps()[1] == 12
 
 
+def test_best_where_no_segment_follows_the_first(run_home):
+    """Validation windows of 64 tokens, segments of 64: `self` cannot be judged after segment 1, so it is by all positions."""
+    run_script(train, run_home, *TINY, '--out_dir=single', '--first_segment=self', '--segment_len=64', '--max_iters=10')
+    rows = load_checkpoint(run_home / 'single/best.pt')[1]['rows']
+    assert all(math.isnan(row['later_bpb']) and row['val_bpb'] > 0 for row in rows if 'val_bpb' in row) and len(rows) == 4
+
+
+def test_resume_takes_new_settings_of_the_optimizer(run_home, tmp_path):
+    shutil.copytree(run_home / 'whole', tmp_path / 'whole')
+    os.symlink(run_home / 'data', tmp_path / 'data')
+    run_script(train, tmp_path, '--init_from=resume', '--out_dir=whole', '--max_iters=31', '--beta1=.5', '--weight_decay=.3')
+    matrices, vectors = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]['optimizer']['param_groups']
+    assert matrices['betas'] == vectors['betas'] == (0.5, 0.95)
+    assert (matrices['weight_decay'], vectors['weight_decay']) == (0.3, 0.0)
+
+
 def test_a_closed_pipe_does_not_stop_a_run(run_home):
     """As in `python train.py | head`, with the terminal closed after that, and Ctrl-C."""
     run = subprocess.Popen([sys.executable, f'{HERE}/train.py', *TINY, '--out_dir=pipe', '--max_iters=100000',
