@@ -200,8 +200,8 @@ def draw(rows):
                  ylabel='bits per byte against dense\nin the same order, %')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
-    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
-                        ('half H 512', 'FFN of 512, not 192'), ('4 layers', '4 layers'),
+    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32, one seed'),
+                        ('half H 512', 'FFN of 512, one seed'), ('4 layers', '4 layers'),
                         ('half languages', 'five languages')):
         dense, experts = ({(int(r['seed']), int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
@@ -211,7 +211,8 @@ def draw(rows):
         line, = by_size.plot(million, [statistics.mean(g) for g in gain], label=name)
         for x, dots in zip(million, gain):
             by_size.plot([x] * len(dots), dots, '.', color=line.get_color())
-    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens', ylabel='bits per byte against dense, %')
+    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens', ylabel='bits per byte against dense, %',
+                ylim=(None, 3))                                      # room for the legend
     for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
         for i, seed in enumerate(SEEDS):
             runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts'] not in ('', '0')]
@@ -219,7 +220,7 @@ def draw(rows):
                      color='C0' if group == 'e8 half' else 'C1', lw=1)
     use.set(title='experts in use', xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
     for a in (by_domain, by_order, by_size, use):
-        a.legend(fontsize=8)
+        a.legend(fontsize=8, ncols=2 if a is by_size else 1)
         if a is not use:
             a.axhline(0, color='0.7', lw=0.8)
     with atomic_open(f'{ROOT}/assets/claims.png') as f:
