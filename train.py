@@ -258,7 +258,7 @@ def claim(out_dir):
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name in ('ckpt.pt', 'best.pt', 'log.csv', 'loss.png', 'experts.png'):     # left half-written by a killed run
-            for half in glob.glob(f'{glob.escape(str(out_dir))}/{name}.*.tmp'):
+            for half in glob.glob(f'{glob.escape(out_dir)}/{name}.*.tmp'):
                 os.remove(half)
     except BlockingIOError:
         raise UserError(f'another run is at work in {out_dir}: wait for it, or choose another --out_dir.') from None

@@ -39,12 +39,9 @@ GROUPS = {                                                           # in the or
     # 2.5 times as much text, so that 24.6M tokens are 1.2 epochs and not 3.
     'dense big': '--n_experts=1 --dataset=big',
     'e8 big': '--n_experts=8 --segment_len=64 --dataset=big',
-    'e32 big': '--n_experts=32 --segment_len=64 --dataset=big',
     # Twice as deep.
     'dense 4 layers': '--n_experts=1 --n_layer=4',
     'e8 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4',
-    'dense big 4 layers': '--n_experts=1 --n_layer=4 --dataset=big',
-    'e8 big 4 layers': '--n_experts=8 --segment_len=64 --n_layer=4 --dataset=big',
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
@@ -58,7 +55,6 @@ GROUPS = {                                                           # in the or
     'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
     'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
     'e8 half T256 short': '--n_experts=8 --segment_len=256 --max_iters=3000',         # by experiments/short_first.py
-    'e8 half T512': '--n_experts=8 --segment_len=512 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
     'dense half H 512': '--n_experts=1 --ffn_hidden=512 --max_iters=3000',
@@ -78,12 +74,11 @@ DATASETS = {                                                         # the flags
 TABLES = {                                                           # title -> (baseline, groups compared with it)
     'Dense against experts': ('dense', ['e8 T512', 'e8 T256', 'e8', 'e32']),
     'Shuffled order': ('dense shuffled', ['e8 T512 shuffled', 'e8 T256 shuffled', 'e8 shuffled']),
-    'More text': ('dense big', ['e8 big', 'e32 big']),
+    'More text': ('dense big', ['e8 big']),
     '4 layers': ('dense 4 layers', ['e8 4 layers']),
-    '4 layers, more text': ('dense big 4 layers', ['e8 big 4 layers']),
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
                                     'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
-                                    'e8 half T256 short', 'e8 half T512']),
+                                    'e8 half T256 short']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),

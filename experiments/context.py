@@ -30,7 +30,6 @@ PAIRS = {
     'dense -> 8 experts, 2.5 times the text': ('dense-big', 'e8-big'),
     'dense -> 8 experts, 4 layers, half as long': ('dense-half-4-layers', 'e8-half-4-layers'),
     'dense -> 8 experts, 4 layers': ('dense-4-layers', 'e8-4-layers'),
-    'dense -> 8 experts, 4 layers, 2.5 times the text': ('dense-big-4-layers', 'e8-big-4-layers'),
     'chained -> shuffled, 8 experts, T = 512': ('e8-T512', 'e8-T512-shuffled'),
 }
 KINDS = ('repeated', 'new', 'alone', 'after')
