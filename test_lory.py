@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -1450,3 +1451,14 @@ def test_the_scripts_from_the_shell(data_home):
         failed = shell(script, flag)
         assert failed.returncode == 2 and 'Traceback' not in failed.stderr
         assert len([line for line in failed.stderr.splitlines() if not line.startswith('usage:')]) == 1
+
+
+def test_the_figures_in_the_readmes_are_those_of_the_runs(capsys, monkeypatch):
+    """Each "mean (lowest to highest)" of perplexity and bits per byte is one that claims.py prints from runs.csv."""
+    monkeypatch.syspath_prepend(f'{HERE}/experiments')
+    import claims
+    claims.report(claims.table())
+    printed = capsys.readouterr().out
+    text = Path(HERE, 'README.md').read_text() + Path(HERE, 'experiments/README.md').read_text()
+    figures = re.findall(r'(?:[-+][\d.]+%|1\.\d{3}|\d\d\.\d\d) \([-+\d.]+ to [-+\d.]+\)', text)
+    assert len(figures) > 50 and [figure for figure in figures if figure not in printed] == []
