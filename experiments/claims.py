@@ -195,8 +195,8 @@ def draw(rows):
                  ylabel='bits per byte against dense\nin the same order, %')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
-    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32, one seed'),
-                        ('half H 512', 'FFN of 512, one seed'), ('4 layers', '4 layers'),
+    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
+                        ('half H 512', 'FFN of 512'), ('4 layers', '4 layers'),
                         ('half languages', 'five languages')):
         dense, experts = ({(int(r['seed']), int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
