@@ -113,8 +113,8 @@ class MergedLinear(torch.autograd.Function):
     """y = x @ merge(e, θ) in x's dtype, with the merged matrix W = merge(e, θ) made again in the backward pass, not kept.
 
     If kept, every segment's merged FFN would lie in memory until the backward pass: 6.6 GB a 4096-token sequence at the
-    paper's 0.3B in bf16. Made again, it costs E/T of the matmul's time (App. B), and memory for one W. The chain rule of
-    y = x W, W = e θ:
+    paper's 0.3B in bf16. Made again, it costs E/T of the matmul's arithmetic (App. B; more in time, see
+    experiments/README.md), and memory for one W. The chain rule of y = x W, W = e θ:
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
     @staticmethod
@@ -130,9 +130,9 @@ class MergedLinear(torch.autograd.Function):
         dx = dy @ merge(e_low, theta.mT.to(x.dtype))                 # (S, T, in)
         dW = (x.mT @ dy).flatten(1)                                  # (S, in * out)
         # de = dW θᵀ. Softmax passes on only how this differs from expert to expert, and soon after upcycling experts differ
-        # by less than bfloat16 resolves: so expert 1 is subtracted from the others before rounding, and added back after.
+        # by less than bfloat16 resolves: so θ_1 is subtracted before rounding, dW (θ_i - θ_1)ᵀ, and its dW θ_1ᵀ added after.
         parts = theta - theta[:1]                                    # (E, in, out)
-        parts[0] = theta[0]
+        parts[0] = theta[0]                                          # θ_1, θ_2 - θ_1, θ_3 - θ_1, ...
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)   # (S, E), in the order that CPUs do faster
         de[:, 1:] += de[:, :1]
         return dx, de, (e_low.mT @ dW).view_as(theta)
@@ -173,7 +173,8 @@ class LoryFFN(nn.Module):
             # (by how much: experiments/README.md).
             first = e[:, :1].detach()                                # (B, 1, E)
         else:
-            # Ours: the router's bias alone, a learned prior that has seen no token. Causal at every position.
+            # Ours: the router's bias alone, which also shifts every later segment's logits: a learned prior that has seen
+            # no token. Causal at every position.
             first = self.router.bias.softmax(-1, dtype=e.dtype).expand(len(e), 1, -1)   # (B, 1, E)
         # Moved by one segment: what the last one says routes nothing. Prefix, the ablation of Sec. 5.1, listens to the
         # first one only (which itself is routed as above).
@@ -324,7 +325,7 @@ class Cache:
 
     def feed(self, ffn, x):
         """The layer's FFN: on the prompt (B, L, D) at the first call, then on one token (B, 1, D).
-        -> y like x, and of the prompt its routing weights (B, N, E)"""
+        -> y like x, and of the prompt its routing weights (B, N, E), N = 1 unless `reroute`"""
         if ffn.router is None or ffn.routing == 'expert_choice':
             return ffn(x)                                            # dense, or token by token: nothing to remember
         T = ffn.segment_len
@@ -384,7 +385,7 @@ class Lory(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """GPT-2's: normal of std 0.02, less for what writes into the residual stream. Router biases start at zero, so
-        the prior starts uniform; router weights must not, or upcycled experts would stay equal (`upcycle`)."""
+        the prior starts uniform; router weights must not be zero, or upcycled experts would stay equal (`upcycle`)."""
         for name, p in self.named_parameters():
             if name.endswith('router.bias'):
                 p.zero_()
@@ -561,7 +562,7 @@ def atomic_open(path, mode='wb', **kw):
         raise
 
 
-FORMAT = 1  # of checkpoints; what a run adds to its own is train.py's
+FORMAT = 1  # of checkpoints; train.py adds what a run needs to go on
 
 
 def save_checkpoint(path, config, state, **rest):
