@@ -45,6 +45,7 @@ model, dense warm-up, and last what the scripts share.
 import math
 import os
 import secrets
+import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -575,6 +576,9 @@ def save_checkpoint(path, config, state, **rest):
 def load_checkpoint(path, device='cpu'):
     """-> the Lory stored at path, on `device`, and the dict it was stored in. UserError if there is no such model."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                                    # torch.load does not look at the checksums
+                raise ValueError('damaged')
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
         if ckpt['format'] != FORMAT:
             raise ValueError(f'format {ckpt["format"]}')

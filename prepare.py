@@ -156,7 +156,7 @@ def read_inputs(paths):
         found = [Document(text, domain, source)]
         if '\0' in text:
             found, binary = [], binary + 1
-        elif file.suffix == '.jsonl':
+        elif file.suffix.lower() == '.jsonl':
             found = []
             for i, line in enumerate(text.split('\n'), 1):  # splitlines would also break inside JSON strings
                 if not line.strip():
@@ -552,5 +552,5 @@ if __name__ == '__main__':
         print(f'prepare.py: {e}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print('\nprepare.py: stopped; no dataset was changed.', file=sys.stderr)
+        print('\nprepare.py: stopped; to have a dataset, run it again.', file=sys.stderr)
         sys.exit(130)

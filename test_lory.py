@@ -487,9 +487,11 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
         assert torch.equal(a, b)
     with pytest.raises(UserError, match='no checkpoint'):
         load_checkpoint(tmp_path / 'none.pt')
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match='not a whole'):
-        load_checkpoint(path)
+    whole, at = path.read_bytes(), path.read_bytes().index(model.embed.weight.detach().numpy().tobytes())
+    for damaged in (whole[:1000], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]):     # cut off; one bit of a weight
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match='not a whole'):
+            load_checkpoint(path)
     with pytest.raises(UserError, match='cannot read'):              # nobody should be told to throw this one away
         load_checkpoint(tmp_path)
 
@@ -944,8 +946,8 @@ def test_input_kinds(data_docs, tmp_path, capsys):
     (tmp_path / 'note.txt').write_bytes(b'\xef\xbb\xbf' + texts[20].replace('\n', '\r\n').encode())
     rows = [{'text': text, 'domain': 'news'} for text in texts[30:36]]
     rows += [{'text': 'in \u2028 line', 'domain': None}, {'text': '<|endoftext|>'}]
-    (tmp_path / 'feed.jsonl').write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n\n')
-    data_prepare(tmp_path, '--dataset=own', '--tokenizer=byte', '--input', 'books', 'note.txt', 'feed.jsonl')
+    (tmp_path / 'feed.JSONL').write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n\n')
+    data_prepare(tmp_path, '--dataset=own', '--tokenizer=byte', '--input', 'books', 'note.txt', 'feed.JSONL')
     out = capsys.readouterr().out
     assert '2 binary or unreadable files' in out and 'empty documents' in out
     stored = dict(data_read(tmp_path, 'train') + data_read(tmp_path, 'val'))

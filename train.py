@@ -198,7 +198,7 @@ def evaluate(model, windows, token_bytes, args, device, autocast):
 
 def write_log(path, rows):
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_open(path, 'w', newline='') as f:
+    with atomic_open(path, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         writer.writerows(rows)
@@ -396,7 +396,7 @@ def main(argv=None):
     else:
         if args.init_from == 'scratch':
             model = Lory(replace(config, n_experts=1) if dense_steps else config)
-        elif ckpt['tokenizer'] != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
+        elif ckpt.get('tokenizer') != data.tokenizer or model.config not in (config, replace(config, n_experts=1)):
             # A dense one may become experts, as in upcycling.
             raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset} or another shape than '
                             'the flags say: prepare the data with its tokenizer, and leave out flags of its shape.')

@@ -105,7 +105,7 @@ def train(group, seed):
 def read(path, group, seed):
     """Every second line of a run's log and all its validations, a row for each step, to five digits."""
     rows = {}
-    with open(path, newline='') as f:
+    with open(path, newline='', encoding='utf-8') as f:
         for line in csv.DictReader(f):
             if line['val_bpb'] or int(line['step']) % 100 == 0:
                 row = rows.setdefault(line['step'], dict(group=group, seed=seed, step=line['step']))
@@ -118,13 +118,13 @@ def read(path, group, seed):
 def table():
     """The rows of experiments/runs.csv."""
     try:
-        with open(TABLE, newline='') as f:
+        with open(TABLE, newline='', encoding='utf-8') as f:
             rows = list(csv.DictReader(f))
-        unknown = {r['group'] for r in rows if int(r['seed']) in SEEDS} - {*GROUPS}
-    except (OSError, KeyError, ValueError, csv.Error) as e:
+        unknown = {f'{r["group"]} {r["seed"]}' for r in rows if r['group'] not in GROUPS or int(r['seed']) not in SEEDS}
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{TABLE} cannot be read ({type(e).__name__}): take it from git again.') from e
     if unknown:                                                      # never dropped: they would be lost when it is written
-        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS does not: name them there or move their rows.')
+        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS and SEEDS do not: name them there or move their rows.')
     return rows
 
 
@@ -249,7 +249,7 @@ def main():
                     continue
                 rows = sorted(table() + done.result(),               # read anew: another claims.py may have added to it
                               key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
-                with atomic_open(TABLE, 'w', newline='') as f:
+                with atomic_open(TABLE, 'w', newline='', encoding='utf-8') as f:
                     writer = csv.DictWriter(f, dict.fromkeys(name for r in rows for name in r))
                     writer.writeheader()
                     writer.writerows(rows)
