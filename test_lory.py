@@ -1456,11 +1456,15 @@ def test_the_scripts_from_the_shell(data_home):
 
 
 def test_the_figures_in_the_readmes_are_those_of_the_runs(capsys, monkeypatch):
-    """Each "mean (lowest to highest)" of perplexity and bits per byte is one that claims.py prints from runs.csv."""
+    """Each "mean (lowest to highest)" of perplexity and bits per byte is one that claims.py prints from runs.csv, and each row
+    of the two tables in README.md stands there as a whole."""
     monkeypatch.syspath_prepend(f'{HERE}/experiments')
     import claims
     claims.report(claims.table())
     printed = capsys.readouterr().out
-    text = Path(HERE, 'README.md').read_text() + Path(HERE, 'experiments/README.md').read_text()
+    readme = Path(HERE, 'README.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| (?:dense|\d+ experts), .*? \| (.*) \|$', readme, re.MULTILINE)
+    assert len(rows) == 8 and [row for row in rows if row not in printed] == []
+    text = readme + Path(HERE, 'experiments/README.md').read_text(encoding='utf-8')
     figures = re.findall(r'(?:[-+][\d.]+%|1\.\d{3}|\d\d\.\d\d) \([-+\d.]+ to [-+\d.]+\)', text)
     assert len(figures) > 50 and [figure for figure in figures if figure not in printed] == []
