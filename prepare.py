@@ -391,6 +391,12 @@ def load_tokenizer(d):
     return tiktoken.Encoding(d['name'], pat_str=d['pattern'], mergeable_ranks=ranks, special_tokens=d['special_tokens'])
 
 
+def token_bytes(tokenizer):
+    """Bytes of each token id of a parsed tokenizer.json, 0 for special tokens: a list of vocab_size."""
+    size = [len(base64.b64decode(token)) for token in tokenizer['tokens']]
+    return size + [0] * (1 + max(tokenizer['special_tokens'].values()) - len(size))
+
+
 def encode(encoding, text):
     """Token ids of `text`, in which <|endoftext|> means nothing special. tiktoken's regex engine overflows on a run of
     a million blanks, so long texts go in parts, which costs nothing but a merge at each joint."""
