@@ -388,7 +388,10 @@ class Lory(nn.Module):
         """Take the weights of a state dict. A dense model's fill every expert; the router stays as it is."""
         for name, p in self.named_parameters():
             if name in state or '.router.' not in name:
-                p.copy_(state[name])  # (1, in, out) fills (E, in, out)
+                try:
+                    p.copy_(state[name])  # (1, in, out) fills (E, in, out)
+                except (KeyError, RuntimeError) as e:
+                    raise UserError(f'{name} does not fit this model: choose a checkpoint of its shape.') from e
 
     def num_params(self, active=False):
         """Parameters, or only the active ones, which one token meets."""
@@ -495,7 +498,8 @@ def number(kind, low, below=math.inf):
     """An argparse type: an int or a float with low <= number < below."""
     def parse(text):
         if not low <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f'{text} must be at least {low} and below {below}')
+            limit = '' if below == math.inf else f' and below {below}'
+            raise argparse.ArgumentTypeError(f'{text} must be at least {low}{limit}')
         return kind(text)
     parse.__name__ = kind.__name__  # argparse calls it so where the text is no number at all
     return parse
@@ -530,6 +534,8 @@ def run_script(main):
         sentence = 'out of memory: raise --gradient_accumulation_steps, or make the model smaller.'
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os._exit(1)
     if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine speaks for all
         print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
     sys.exit(2)

@@ -14,6 +14,7 @@ goes on from its latest ckpt.pt and ends as if it had never stopped, on a CPU bi
 """
 import csv
 import ctypes
+import gc
 import math
 import os
 import signal
@@ -224,6 +225,8 @@ def main(argv=None, build=Lory):
             break
 
     if world > 1:
+        running = optimizer = None  # a wrapper that outlives its process group may abort at exit
+        gc.collect()
         dist.destroy_process_group()
     if step < args.max_iters:
         say(f'stopped at step {step}, saved; go on with --init_from=resume --out_dir={args.out_dir}')
@@ -259,7 +262,7 @@ def read_settings(argv):
     for name in defaults.keys() & (FIXED if resume else SHAPE):
         from_dense = name == 'n_experts' and defaults[name] == 1 and not resume  # fills any number of experts
         if getattr(args, name) != defaults[name] and not from_dense:
-            raise UserError(f'{name}={defaults[name]} of {args.init_from} cannot change: leave --{name} out.')
+            raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
     if resume and args.max_iters < saved['step']:
         raise UserError(f'the run is at step {saved["step"]} already: raise --max_iters={args.max_iters}.')
     if args.shard and ('RANK' not in os.environ or args.dtype == 'float16' or args.compile):
@@ -292,7 +295,7 @@ def pick_device(args):
 def check_fit(saved, args, model, data):
     """UserError if the checkpoint to start from fits neither the model's layers nor the data."""
     if saved['layer'] != model.layer:
-        raise UserError(f'{args.init_from} has layers of type {saved["layer"]}: use the script that made it.')
+        raise UserError(f'the checkpoint has layers of type {saved["layer"]}: use the script that made it.')
     if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
         raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before, or '
                         'start another run with another --out_dir.')

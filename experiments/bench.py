@@ -1,14 +1,15 @@
 """
-What do merged experts cost? Training steps of Lory against its dense baseline, in one process, alternating, medians.
+What do merged experts cost? Training steps of Lory against its dense baseline, alternating in one
+process, medians.
 
-    python experiments/bench.py                     the default size and width 256, on this machine's CPU or GPU
-    python experiments/bench.py --size paper --compile        the paper's 0.3B shape, for a GPU: bf16, L 4096
+    python experiments/bench.py                           the default size and width 256, CPU or GPU
+    python experiments/bench.py --size paper --compile    the paper's 0.3B shape, for a GPU: bf16, L 4096
 
-Then it profiles the matrix products in a step of dense and of 8 experts, to tell what the difference is made of. Writes
-experiments/bench-<size>-<device>.json (with --compile fewer variants, and -compiled at the end of the name) and draws
-assets/bench.png from the default and the width-256 file; with --variants it only prints.
+Then it profiles the matrix products in a step of dense and of 8 experts, to tell what the difference is
+made of. Writes experiments/bench-<size>-<device>.json (with --compile fewer variants, and -compiled at
+the end of the name) and draws assets/bench.png from the default and the width-256 file; with --variants
+it only prints.
 """
-import argparse
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -23,29 +25,33 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
-from lory import Lory, LoryConfig, UserError
-from train import PEAK, PRESETS, keep_memory, pick_device
+from lory import Lory, LoryConfig, LoryFFN, add_flag, atomic_open, make_parser, number, run_script
+from token_moe import ExpertChoiceFFN
+from train import PRESETS, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-VARIANTS = {                                                         # name -> what differs from the size's config
+VARIANTS = {  # name -> what differs from the size's config
     'dense': dict(n_experts=1),
     **{f'E={E}': dict(n_experts=E) for E in (2, 8, 16, 32)},
     **{f'E=8 T={T}': dict(n_experts=8, segment_len=T) for T in (64, 128, 512)},
     'E=32 T=64': dict(n_experts=32, segment_len=64),
     'E=8 kept': dict(n_experts=8),
     'E=8 checkpointed': dict(n_experts=8),
-    'E=8 expert choice': dict(n_experts=8, routing='expert_choice'),
+    'E=8 expert choice': dict(n_experts=8),
 }
-SIZES = {                                                            # name -> config, sequences a step
+LAYERS = {'E=8 expert choice': ExpertChoiceFFN}  # of variants that have no LoryFFN
+PAPER = {name: value for name, value in PRESETS['0.3b'].items() if hasattr(LoryConfig, name)}
+SIZES = {  # name -> config, sequences a step
     'default': (dict(), 4),
     'width256': (dict(n_layer=4, n_head=4, n_embd=256), 16),
-    'paper': ({k: v for k, v in PRESETS['0.3b'].items() if k in LoryConfig.__dataclass_fields__} | dict(vocab_size=32000), 4),
+    'paper': (PAPER | dict(vocab_size=32000), 4),
 }
-FEW = ['dense', 'E=8', 'E=32', 'E=8 kept']                           # at the paper's size and compiled, where each takes long
-KEPT = SimpleNamespace(apply=lambda x, e, theta: x @ lory.merge(e.to(x.dtype), theta.to(x.dtype)))   # by autograd
-FORMULAS = {                                                         # variants that run something else than MergedLinear
+PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # bfloat16 FLOP/s, by the cards' data sheets
+FEW = ['dense', 'E=8', 'E=32', 'E=8 kept']  # at the paper's size and compiled, where each takes long
+KEPT = SimpleNamespace(apply=lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)))  # by autograd
+FORMULAS = {  # of variants that run something else than MergedLinear
     'E=8 kept': KEPT,
-    'E=8 checkpointed': SimpleNamespace(apply=lambda *inputs: checkpoint(KEPT.apply, *inputs, use_reentrant=False)),
+    'E=8 checkpointed': SimpleNamespace(apply=partial(checkpoint, KEPT.apply, use_reentrant=False)),
 }
 
 
@@ -70,17 +76,18 @@ class Subject:
 
     def __init__(self, name, config, batch, device, dtype, compiled):
         self.name, self.device, self.times = name, device, []
-        torch.manual_seed(0)
-        self.model = Lory(LoryConfig(**config)).to(device)
+        self.model = Lory(LoryConfig(**config), ffn=LAYERS.get(name, LoryFFN)).to(device)
         self.running = torch.compile(self.model) if compiled else self.model
         self.optimizer = self.model.optimizer(1e-3, 0.1, (0.9, 0.95))
-        self.autocast = lambda: torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
-        self.idx = torch.randint(self.model.config.vocab_size, (batch, self.model.config.block_size + 1), device=device)
+        self.autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
+        torch.manual_seed(0)
+        shape = self.model.config
+        self.idx = torch.randint(shape.vocab_size, (batch, shape.block_size + 1), device=device)
 
     def step(self):
         with formula(self.name):
             t = [clock(self.device)]
-            with self.autocast():
+            with self.autocast:
                 loss = self.running(self.idx[:, :-1], self.idx[:, 1:])[1]
             t.append(clock(self.device))
             loss.backward()
@@ -89,22 +96,24 @@ class Subject:
             with torch.profiler.record_function('updated'):
                 self.optimizer.zero_grad(set_to_none=True)
             t.append(clock(self.device))
-        self.times.append([b - a for a, b in zip(t, t[1:])])         # forward, backward, optimiser
+        self.times.append([b - a for a, b in zip(t, t[1:])])  # forward, backward, optimiser
 
     def peak_memory(self):
-        """Bytes a step holds at most, beyond parameters, optimiser state and the gradients that are finished by then.
-        (On CUDA beyond all gradients, finished or not, so a little less.)"""
+        """Bytes a step holds at most, beyond parameters, optimiser state and the gradients that are
+        finished by then. (On CUDA beyond all gradients, finished or not, so a little less.)"""
         if 'cuda' in self.device:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             self.step()
             gradients = sum(p.numel() * p.element_size() for p in self.model.parameters())
             return torch.cuda.max_memory_allocated() - before - gradients
+
         def finished(p):
             with torch.profiler.record_function(f'gradient {p.numel() * p.element_size()}'):
                 pass
         hooks = [p.register_post_accumulate_grad_hook(finished) for p in self.model.parameters()]
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
             self.step()
         for hook in hooks:
             hook.remove()
@@ -115,14 +124,17 @@ class Subject:
                 peak = max(peak, held - gradients)
             elif event.name().startswith('gradient '):
                 gradients += int(event.name().split()[1])
-            elif event.name() == 'updated':                          # from here on gradients are released
+            elif event.name() == 'updated':  # from here on gradients are released
                 break
         return peak
 
 
 def products(subject, steps=5):
-    """Matrix product -> what it takes in a step, ms, amid the rest of the step. On CUDA the kernels' own time."""
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * ('cuda' in subject.device)
+    """Matrix product -> what it takes in a step, ms, amid the rest of the step. On CUDA the kernels'
+    own time."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if 'cuda' in subject.device:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
         for _ in range(steps):
             subject.step()
@@ -135,57 +147,87 @@ def products(subject, steps=5):
     return times
 
 
+def merging(model, L):
+    """FLOPs that merging adds to a training step, per token: E/T of the FFN's (App. B)."""
+    E, T = model.config.n_experts, min(model.config.segment_len, L)
+    if E == 1 or model.layer != 'LoryFFN':
+        return 0
+    return 6 * E / T * sum(block.ffn.active_params() for block in model.blocks)
+
+
 def measure(names, config, batch, device, dtype, rounds, compiled):
     """Alternating steps of these variants, dense the first of them. -> a row each"""
     subjects = [Subject(name, config | VARIANTS[name], batch, device, dtype, compiled) for name in names]
-    for subject in subjects:                                         # warm up, and compile
+    for subject in subjects:  # warm up, and compile
         subject.step()
         subject.step()
         subject.times.clear()
-    for _ in range(rounds):                                          # alternating, so that drift hits all alike
+    for _ in range(rounds):  # alternating, so that drift hits all alike
         for subject in subjects:
             subject.step()
     dense, L = subjects[0], subjects[0].model.config.block_size
-    card = next((p for name, p in PEAK.items() if 'cuda' in device and name in torch.cuda.get_device_name()), None)
+    card = torch.cuda.get_device_name() if 'cuda' in device else ''
+    peak = next((flops for name, flops in PEAK.items() if name in card), None)
     rows = []
     for subject in subjects:
         total = [sum(t) for t in subject.times]
-        ratios = [sum(d) / t for d, t in zip(dense.times, total)]    # round by round, then the median
+        ratios = [sum(d) / t for d, t in zip(dense.times, total)]  # round by round, then the median
         quartiles = statistics.quantiles(ratios, n=4)
         parts = [statistics.median(t) * 1000 for t in zip(*subject.times)]
         flops = subject.model.flops_per_token(L)
         speed = batch * L / statistics.median(total)
         rows.append(dict(variant=subject.name, params=subject.model.num_params(), tok_s=speed,
                          ratio=statistics.median(ratios), ratio_q1=quartiles[0], ratio_q3=quartiles[2],
-                         bound=dense.model.flops_per_token(L) / flops,
-                         forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2], flops_per_token=flops,
-                         utilization=card and speed * flops / card))
-    for subject, row in zip(subjects, rows):                         # last, for dense's times must stay as they are
+                         bound=dense.model.flops_per_token(L) / (flops + merging(subject.model, L)),
+                         forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2],
+                         flops_per_token=flops, utilization=peak and speed * flops / peak))
+    for subject, row in zip(subjects, rows):  # last, for dense's times must stay as they are
         row['peak_mb'] = subject.peak_memory() / 1e6
         if subject.name in ('dense', 'E=8'):
             row['products'] = products(subject)
     return rows
 
 
+def report(rows):
+    """Print a row for each variant, and what the extra time is made of."""
+    print(f'{"variant":18} {"params":>12} {"tok/s":>9} {"of dense":>8} {"quartiles":>13} {"bound":>6} '
+          f'{"forward":>8} {"backward":>8} {"optim":>6} {"peak MB":>8} {"util":>5}')
+    for r in rows:
+        print(f'{r["variant"]:18} {r["params"]:12,} {r["tok_s"]:9,.0f} {r["ratio"]:8.3f}  '
+              f'{r["ratio_q1"]:.3f}-{r["ratio_q3"]:.3f} {r["bound"]:6.3f} {r["forward_ms"]:8.1f} '
+              f'{r["backward_ms"]:8.1f} {r["optimizer_ms"]:6.1f} {r["peak_mb"]:8.1f} '
+              f'{r["utilization"] or float("nan"):5.2f}')
+    # Extra time a step, E experts over dense, as a fixed part and a part per expert: least squares over E.
+    by = {r['variant']: sum(r[k] for k in ('forward_ms', 'backward_ms', 'optimizer_ms')) for r in rows}
+    E = [E for E in (2, 8, 16, 32) if f'E={E}' in by]
+    if len(E) > 1:
+        slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
+        print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, '
+              f'of {by["dense"]:.1f} ms')
+    for r in rows:
+        for name, ms in r.get('products', {}).items():
+            print(f'{r["variant"]:8} {name:40} {ms:8.2f} ms')
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', nargs='+', default=['default', 'width256'], choices=SIZES)
-    parser.add_argument('--variants', nargs='+', choices=VARIANTS, help="beside dense; default: the size's own")
-    parser.add_argument('--rounds', type=int, default=11, help='timed steps of each variant')
-    parser.add_argument('--batch', type=int, default=0, help="sequences a step; 0: the size's own")
-    parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'bfloat16', 'float16'])
-    parser.add_argument('--compile', action='store_true')
+    parser = make_parser(__doc__)
+    parser.add_argument('--size', nargs='+', default=['default', 'width256'], choices=SIZES,
+                        help='shapes of the model (default: %(default)s)')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS,
+                        help="beside dense (default: the size's own)")
+    add_flag(parser, 'rounds', 11, 'timed steps of each variant', number(int, 2))
+    add_flag(parser, 'batch', 0, "sequences a step; 0: the size's own", number(int, 0))
+    add_flag(parser, 'device', 'auto', 'auto, cpu, cuda')
+    add_flag(parser, 'dtype', 'auto', 'of the matmuls', choices=['auto', 'float32', 'bfloat16', 'float16'])
+    add_flag(parser, 'compile', False, 'torch.compile the models')
     args = parser.parse_args()
-    if args.rounds < 2 or args.batch < 0:
-        raise UserError('--rounds must be at least 2 and --batch not negative.')
     device, dtype = pick_device(args)
-    keep_memory(device)
-    torch._dynamo.config.recompile_limit = 64                        # every variant is a shape of its own
+    torch._dynamo.config.recompile_limit = 64  # every variant is a shape of its own
     for size in args.size:
         config, batch = SIZES[size]
         batch = args.batch or batch
-        names = list(dict.fromkeys(['dense', *(args.variants or (FEW if args.compile or size == 'paper' else VARIANTS))]))
+        own = FEW if args.compile or size == 'paper' else VARIANTS
+        names = list(dict.fromkeys(['dense', *(args.variants or own)]))
         rows = []
         # All side by side, but at the paper's size, where 32 experts leave room for dense alone.
         for group in [['dense', name] for name in names[1:]] if size == 'paper' else [names]:
@@ -193,35 +235,23 @@ def main():
         shape = LoryConfig(**config)
         print(f'\n{size}: {config}, {batch} x {shape.block_size} tokens a step, {device}, {dtype}, '
               f'{torch.get_num_threads()} threads, compiled {args.compile}, medians of {args.rounds} rounds')
-        print(f'{"variant":18} {"params":>12} {"tok/s":>9} {"of dense":>8} {"quartiles":>13} {"bound":>6} {"forward":>8} '
-              f'{"backward":>8} {"optim":>6} {"peak MB":>8} {"util":>5}')
-        for r in rows:
-            print(f'{r["variant"]:18} {r["params"]:12,} {r["tok_s"]:9,.0f} {r["ratio"]:8.3f}  {r["ratio_q1"]:.3f}-{r["ratio_q3"]:.3f}'
-                  f' {r["bound"]:6.3f} {r["forward_ms"]:8.1f} {r["backward_ms"]:8.1f} {r["optimizer_ms"]:6.1f} '
-                  f'{r["peak_mb"]:8.1f} {r["utilization"] or float("nan"):5.2f}')
-        # Extra time a step, E experts over dense, as a fixed part and a part per expert: least squares over E.
-        by = {r['variant']: sum(r[k] for k in ('forward_ms', 'backward_ms', 'optimizer_ms')) for r in rows}
-        E = [E for E in (2, 8, 16, 32) if f'E={E}' in by]
-        if len(E) > 1:
-            slope, fixed = statistics.linear_regression(E, [by[f'E={e}'] - by['dense'] for e in E])
-            print(f'extra time over dense: {fixed:.2f} ms fixed + {slope:.3f} ms an expert, of {by["dense"]:.1f} ms')
-        for r in rows:
-            for name, ms in r.get('products', {}).items():
-                print(f'{r["variant"]:8} {name:40} {ms:8.2f} ms')
+        report(rows)
         if args.variants:
             continue
-        result = dict(size=size, config=config, batch=batch, device=torch.cuda.get_device_name() if 'cuda' in device else
-                      f'{platform.machine()}, {torch.get_num_threads()} threads', dtype=str(dtype), compiled=args.compile,
-                      torch=torch.__version__, rounds=args.rounds, rows=rows)
+        machine = f'{platform.machine()}, {torch.get_num_threads()} threads'
+        result = dict(size=size, config=config, batch=batch,
+                      device=torch.cuda.get_device_name() if 'cuda' in device else machine, dtype=str(dtype),
+                      compiled=args.compile, torch=torch.__version__, rounds=args.rounds, rows=rows)
         name = f'bench-{size}-{device.split(":")[0]}{"-compiled" if args.compile else ""}.json'
-        with lory.atomic_open(f'{HERE}/{name}', 'w') as f:
+        with atomic_open(f'{HERE}/{name}', 'w') as f:
             json.dump(result, f, indent=1)
     if not args.variants:
         draw()
 
 
 def draw():
-    """assets/bench.png: tokens/s as a share of dense, against E and against T, beside the arithmetic bound."""
+    """assets/bench.png: tokens/s as a share of dense, against E and against T, beside the arithmetic
+    bound."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
@@ -238,7 +268,8 @@ def draw():
             middle = [r['ratio'] for r in got]
             spread = [[r['ratio'] - r['ratio_q1'] for r in got], [r['ratio_q3'] - r['ratio'] for r in got]]
             a.errorbar(list(names), middle, spread, marker='o', capsize=3, color=color, label=size)
-            a.plot(list(names), [r['bound'] for r in got], ':', color=color, label=f'{size}, arithmetic bound')
+            a.plot(list(names), [r['bound'] for r in got], ':', color=color,
+                   label=f'{size}, arithmetic bound')
             a.set_xscale('log', base=2)
             a.set_xticks(list(names), [str(n) for n in names])
     ax[0].set(xlabel='experts (T = 256)', ylabel='tokens/s, share of dense', ylim=(0.5, 1.05))
@@ -246,13 +277,9 @@ def draw():
     ax[0].legend(fontsize=8)
     for a in ax:
         a.axhline(1, color='0.7', lw=0.8)
-    with lory.atomic_open(f'{os.path.dirname(HERE)}/assets/bench.png') as f:
+    with atomic_open(f'{os.path.dirname(HERE)}/assets/bench.png') as f:
         fig.savefig(f, format='png', dpi=110)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as e:
-        print(f'bench.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -1,16 +1,16 @@
 """
 The paper's claims in miniature: the runs behind the README's tables, three seeds each, and the tables.
 
-    python experiments/claims.py                        train what is missing, two runs at a time on one thread each; report
-    python experiments/claims.py --train e8 dense       train these groups only
-    python experiments/claims.py --train                train nothing, report
+    python experiments/claims.py                    train what is missing, two runs at a time; report
+    python experiments/claims.py --train e8 dense   train these groups only
+    python experiments/claims.py --train            train nothing, report
 
-A run is the default of train.py with its group's flags, so each line below is also the command that makes it: a quarter of
-an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was stopped goes on where it
-was; one whose rows stand in experiments/runs.csv is not made again. Everything is measured with first_segment=prior,
-strictly causal at every position, but where a group says otherwise. Draws assets/claims.png.
+A run is the default of its script (train.py but where SCRIPTS says otherwise) with its group's flags: a
+quarter of an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was
+stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Everything is
+measured with first_segment=prior, strictly causal at every position, but where a group says otherwise.
+Draws assets/claims.png.
 """
-import argparse
 import csv
 import os
 import statistics
@@ -22,10 +22,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from lory import UserError, atomic_open
+from lory import UserError, add_flag, atomic_open, make_parser, number, run_script
 
 SEEDS = (1337, 1, 2)
-GROUPS = {                                                           # in the order in which they are made
+GROUPS = {  # in the order in which they are made
     'dense': '--n_experts=1',
     'e8': '--n_experts=8 --segment_len=64',
     'e32': '--n_experts=32 --segment_len=64',
@@ -45,16 +45,17 @@ GROUPS = {                                                           # in the or
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
-    'dense half longer': '--n_experts=1 --max_iters=3319',           # 3000 / 0.904: as long as 8 experts at T = 64 take
+    # 3000 / 0.904: as long as 8 experts at T = 64 take.
+    'dense half longer': '--n_experts=1 --max_iters=3319',
     'e2 half': '--n_experts=2 --segment_len=64 --max_iters=3000',
     'e8 half prefix': '--n_experts=8 --segment_len=64 --routing=prefix --max_iters=3000',
-    'e8 half expert choice': '--n_experts=8 --routing=expert_choice --max_iters=3000',
+    'e8 half expert choice': '--n_experts=8 --max_iters=3000',
     'e8 half no warm-up': '--n_experts=8 --segment_len=64 --dense_warmup=0 --max_iters=3000',
     'e8 half self': '--n_experts=8 --segment_len=64 --first_segment=self --max_iters=3000',
     'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
     'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
     'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
-    'e8 half T256 short': '--n_experts=8 --segment_len=256 --max_iters=3000',         # by experiments/short_first.py
+    'e8 half T256 short': '--n_experts=8 --segment_len=256 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
     'dense half H 512': '--n_experts=1 --ffn_hidden=512 --max_iters=3000',
@@ -65,20 +66,24 @@ GROUPS = {                                                           # in the or
     'dense half languages': '--n_experts=1 --dataset=languages --max_iters=3000',
     'e8 half languages': '--n_experts=8 --segment_len=64 --dataset=languages --max_iters=3000',
 }
-DATASETS = {                                                         # the flags of prepare.py that make each
+SCRIPTS = {  # what trains a group, if not train.py
+    'e8 half expert choice': 'experiments/token_moe.py',
+    'e8 half T256 short': 'experiments/short_first.py',
+}
+DATASETS = {  # the flags of prepare.py that make each
     'builtin': '',
     'shuffled': '--order=random',
     'big': '--mb_per_domain=15',
     'languages': '--input languages',
 }
-TABLES = {                                                           # title -> (baseline, groups compared with it)
+TABLES = {  # title -> (baseline, groups compared with it)
     'Dense against experts': ('dense', ['e8 T512', 'e8 T256', 'e8', 'e32']),
     'Shuffled order': ('dense shuffled', ['e8 T512 shuffled', 'e8 T256 shuffled', 'e8 shuffled']),
     'More text': ('dense big', ['e8 big']),
     '4 layers': ('dense 4 layers', ['e8 4 layers']),
-    'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix', 'e8 half expert choice',
-                                    'e8 half no warm-up', 'e8 half self', 'e8 half T32', 'e8 half T128', 'e8 half T256',
-                                    'e8 half T256 short']),
+    'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix',
+                                    'e8 half expert choice', 'e8 half no warm-up', 'e8 half self',
+                                    'e8 half T32', 'e8 half T128', 'e8 half T256', 'e8 half T256 short']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
@@ -90,12 +95,12 @@ TABLE = f'{HERE}/runs.csv'
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
-    script = f'{HERE}/short_first.py' if group.endswith('short') else f'{ROOT}/train.py'
-    flags = [*GROUPS[group].split(), f'--seed={seed}', '--eval_interval=1500']
-    if any(os.path.exists(f'{out}/{name}.pt') for name in ('ckpt', 'best')):
-        flags.append('--init_from=resume')                           # train.py refuses if the run's flags are others
+    command = [sys.executable, f'{ROOT}/{SCRIPTS.get(group, "train.py")}', *GROUPS[group].split(),
+               f'--seed={seed}', '--eval_interval=1500', f'--out_dir={out}']
+    if os.path.exists(f'{out}/ckpt.pt'):
+        command.append('--init_from=resume')  # train.py refuses if the run's flags are others
     with open(f'{out}.log', 'a') as output:
-        code = subprocess.run([sys.executable, script, f'--out_dir={out}', *flags], stdout=output, stderr=output,
+        code = subprocess.run(command, stdout=output, stderr=output,
                               env=os.environ | {'OMP_NUM_THREADS': '1'}).returncode
     if code:
         raise UserError(f'{out} ended with exit code {code}: see {out}.log.')
@@ -110,7 +115,8 @@ def read(path, group, seed):
             if line['val_bpb'] or int(line['step']) % 100 == 0:
                 row = rows.setdefault(line['step'], dict(group=group, seed=seed, step=line['step']))
                 for name, value in line.items():
-                    if name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl')) and (value or name not in row):
+                    kept = name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl'))
+                    if kept and (value or name not in row):
                         row[name] = f'{float(value):.5g}' if value else ''
     return list(rows.values())
 
@@ -120,41 +126,52 @@ def table():
     try:
         with open(TABLE, newline='', encoding='utf-8') as f:
             rows = list(csv.DictReader(f))
-        unknown = {f'{r["group"]} {r["seed"]}' for r in rows if r['group'] not in GROUPS or int(r['seed']) not in SEEDS}
+        unknown = {f'{r["group"]} {r["seed"]}' for r in rows
+                   if r['group'] not in GROUPS or int(r['seed']) not in SEEDS}
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{TABLE} cannot be read ({type(e).__name__}): take it from git again.') from e
-    if unknown:                                                      # never dropped: they would be lost when it is written
-        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS and SEEDS do not: name them there or move their rows.')
+    if unknown:  # never dropped: they would be lost when it is written
+        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS and SEEDS do not: name '
+                        'them there or move their rows.')
     return rows
 
 
+def place(row):
+    """Where a row stands in the table."""
+    return list(GROUPS).index(row['group']), SEEDS.index(int(row['seed'])), int(row['step'])
+
+
 def last(group, rows):
-    """seed -> the last validation of that run"""
-    return {int(r['seed']): r for r in rows if r['group'] == group and r['val_bpb']}   # rows stand in the order of their steps
+    """seed -> the last validation of that run: rows stand in the order of their steps"""
+    return {int(r['seed']): r for r in rows if r['group'] == group and r['val_bpb']}
 
 
 def domains_of(group, rows):
     """The domains of that group's dataset: columns of others are empty."""
-    return [name[4:] for name, value in next(iter(last(group, rows).values()), {}).items() if name.startswith('ppl_') and value]
+    some = next(iter(last(group, rows).values()), {})
+    return [name[4:] for name, value in some.items() if name.startswith('ppl_') and value]
 
 
 def show(values, form, unit=''):
-    return f'{statistics.mean(values):{form}}{unit}' + (f' ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else '')
+    mean = f'{statistics.mean(values):{form}}{unit}'
+    return f'{mean} ({min(values):{form}} to {max(values):{form}})' if len(values) > 1 else mean
 
 
 def report(rows):
-    """The tables, in Markdown: mean (lowest to highest of the seeds), and the change against the baseline, seed by seed."""
+    """The tables, in Markdown: mean (lowest to highest of the seeds), and the change against the
+    baseline, seed by seed."""
     for title, (base, groups) in TABLES.items():
         bases = last(base, rows)
         if not bases:
             continue
         domains = domains_of(base, rows)
-        print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte | change |\n|' + '---|' * (len(domains) + 3))
+        print(f'\n| {title} | ' + ' | '.join(domains) + ' | bits per byte | change |')
+        print('|' + '---|' * (len(domains) + 3))
         # After segment 1 dense counts from token 257 on, so only T = 256 compares with it.
         for later in ('', 'later_') if any('T256' in group for group in groups) else ('',):
             print(f'| {base}, perplexity{", after segment 1" if later else ""} | '
-                  + ' | '.join(show([float(r[f'{later}ppl_{d}']) for r in bases.values()], '.2f') for d in domains)
-                  + f' | {show([float(r["later_bpb" if later else "val_bpb"]) for r in bases.values()], ".3f")} | |')
+                  + ' | '.join(show(numbers(bases, f'{later}ppl_{d}'), '.2f') for d in domains)
+                  + f' | {show(numbers(bases, "later_bpb" if later else "val_bpb"), ".3f")} | |')
         for group in groups:
             runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
             if not runs:
@@ -163,13 +180,19 @@ def report(rows):
             for later in ('', 'later_') if 'T256' in group else ('',):
                 bpb = 'later_bpb' if later else 'val_bpb'
                 print(f'| {group}{note}{", after segment 1" if later else ""} | '
-                      + ' | '.join(f'{show(change(runs, bases, f"{later}ppl_{d}"), "+.1f", "%")}' for d in domains)
-                      + f' | {show([float(r[bpb]) for r in runs.values()], ".3f")} | {show(change(runs, bases, bpb), "+.2f", "%")} |')
+                      + ' | '.join(show(change(runs, bases, f'{later}ppl_{d}'), '+.1f', '%') for d in domains)
+                      + f' | {show(numbers(runs, bpb), ".3f")} | '
+                      + f'{show(change(runs, bases, bpb), "+.2f", "%")} |')
+
+
+def numbers(runs, name):
+    return [float(r[name]) for r in runs.values()]
 
 
 def change(runs, bases, name):
     """Percent by which `name` differs from the baseline's, seed by seed."""
-    return [100 * (float(r[name]) / float(bases[seed][name]) - 1) for seed, r in runs.items() if seed in bases]
+    return [100 * (float(r[name]) / float(bases[seed][name]) - 1)
+            for seed, r in runs.items() if seed in bases]
 
 
 def draw(rows):
@@ -180,39 +203,44 @@ def draw(rows):
     import matplotlib.pyplot as plt
     domains = domains_of('dense', rows)
     fig, ((by_domain, by_order), (by_size, use)) = plt.subplots(2, 2, figsize=(11, 7.6), layout='constrained')
-    for k, (group, name) in enumerate((('e8 T256', '8 experts, T = 256'), ('e8', '8 experts, T = 64'), ('e32', '32 experts, T = 64'))):
+    by_name = {'8 experts, T = 256': 'e8 T256', '8 experts, T = 64': 'e8', '32 experts, T = 64': 'e32'}
+    for k, (name, group) in enumerate(by_name.items()):
         for i, d in enumerate(domains):
             dots = change(last(group, rows), last('dense', rows), f'ppl_{d}')
-            by_domain.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}', label=name if i == 0 else None)
+            by_domain.plot([i + 0.2 * (k - 1)] * len(dots), dots, 'o', ms=5, color=f'C{k}',
+                           label=name if i == 0 else None)
     by_domain.set(title='three seeds, 24.6M tokens', ylabel='perplexity against dense, %',
                   xticks=range(len(domains)), xticklabels=domains)
     for k, order in enumerate(('', ' shuffled')):
         for T in (64, 256, 512):
-            dots = change(last((f'e8 T{T}' if T > 64 else 'e8') + order, rows), last('dense' + order, rows), 'val_bpb')
+            runs = last((f'e8 T{T}' if T > 64 else 'e8') + order, rows)
+            dots = change(runs, last('dense' + order, rows), 'val_bpb')
             by_order.plot([T * (1, 1.08)[k]] * len(dots), dots, 'o', ms=5, color=f'C{k}',
                           label=('chained', 'shuffled')[k] if T == 64 else None)
     by_order.set(title='by order (side by side for legibility)', xlabel='T (8 experts)', xscale='log',
                  ylabel='bits per byte against dense\nin the same order, %')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
-    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'), ('half width 32', 'width 32'),
-                        ('half H 512', 'FFN of 512'), ('4 layers', '4 layers'),
+    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'),
+                        ('half width 32', 'width 32'), ('half H 512', 'FFN of 512'), ('4 layers', '4 layers'),
                         ('half languages', 'five languages')):
         dense, experts = ({(int(r['seed']), int(r['step'])): float(r['val_bpb']) for r in rows
                            if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
         steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
-        gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense] for step in steps]
+        gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense]
+                for step in steps]
         million = [step * 4096 / 1e6 for step in steps]
         line, = by_size.plot(million, [statistics.mean(g) for g in gain], label=name)
         for x, dots in zip(million, gain):
             by_size.plot([x] * len(dots), dots, '.', color=line.get_color())
-    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens', ylabel='bits per byte against dense, %',
-                ylim=(None, 3))                                      # room for the legend
+    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens',
+                ylabel='bits per byte against dense, %', ylim=(None, 3))  # room for the legend
     for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
         for i, seed in enumerate(SEEDS):
-            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed and r['experts'] not in ('', '0')]
-            use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs], label=None if i else name,
-                     color='C0' if group == 'e8 half' else 'C1', lw=1)
+            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed]
+            runs = [r for r in runs if r['experts'] not in ('', '0')]
+            use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs],
+                     label=None if i else name, color='C0' if group == 'e8 half' else 'C1', lw=1)
     use.set(title='experts in use', xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
     for a in (by_domain, by_order, by_size, use):
         a.legend(fontsize=8, ncols=2 if a is by_size else 1)
@@ -223,37 +251,39 @@ def draw(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP', help=', '.join(GROUPS))
-    parser.add_argument('--workers', type=int, default=2, help='runs at a time, one thread each')
+    parser = make_parser(__doc__)
+    parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP',
+                        help=', '.join(GROUPS))
+    add_flag(parser, 'workers', 2, 'runs at a time, one thread each', number(int, 1))
     args = parser.parse_args()
-    if args.workers < 1:
-        raise UserError(f'workers={args.workers} must be at least 1.')
     rows = table()
     have = {(r['group'], int(r['seed'])) for r in rows}
-    missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS if (group, seed) not in have]
+    missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS
+               if (group, seed) not in have]
     if missing:
         os.makedirs('runs', exist_ok=True)
-        wanted = {(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0] for group, _ in missing}
+        wanted = {(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0]
+                  for group, _ in missing}
         for dataset, flags in DATASETS.items():
             if dataset in wanted and not os.path.exists(f'data/{dataset}/meta.json'):
                 if dataset == 'languages' and not os.path.exists(dataset):
-                    raise UserError('there is no languages/ here: the commands in experiments/README.md make it.')
+                    raise UserError('there is no languages/ here: the commands in experiments/README.md '
+                                    'make it.')
                 prepare.main([f'--dataset={dataset}', *flags.split()])
     failed = []
     with ThreadPoolExecutor(args.workers) as pool:
         try:
             for done in as_completed([pool.submit(train, *run) for run in missing]):
                 if isinstance(done.exception(), UserError):
-                    failed.append(str(done.exception()))             # the others go on
+                    failed.append(str(done.exception()))  # the others go on
                     continue
-                rows = sorted(table() + done.result(),               # read anew: another claims.py may have added to it
-                              key=lambda r: (list(GROUPS).index(r['group']), SEEDS.index(int(r['seed'])), int(r['step'])))
+                # Read anew: another claims.py may have added to it.
+                rows = sorted(table() + done.result(), key=place)
                 with atomic_open(TABLE, 'w', newline='', encoding='utf-8') as f:
                     writer = csv.DictWriter(f, dict.fromkeys(name for r in rows for name in r))
                     writer.writeheader()
                     writer.writerows(rows)
-        except KeyboardInterrupt:                                    # the runs save and end by themselves
+        except KeyboardInterrupt:  # the runs save and end by themselves
             pool.shutdown(cancel_futures=True)
             raise UserError('stopped; the same command goes on.') from None
     if rows:
@@ -264,8 +294,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as e:
-        print(f'claims.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

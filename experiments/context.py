@@ -1,16 +1,16 @@
 """
-Which tokens a model gains on, in held-out text and in training text, told apart by what stands before them in their window
-of 1024 tokens.
+Which tokens a model gains on, in held-out text and in training text, told apart by what stands before
+them in their window of 1024 tokens.
 
     python experiments/context.py                       the finished runs of claims.py that PAIRS names
 
-*Repeated* or *new*: has this token followed its predecessor before in the window? Then attention alone can copy it
-(induction heads, arXiv:2209.11895). *Alone* or *after*: does another document stand before its own in the window?
+*Repeated* or *new*: has this token followed its predecessor before in the window? Then attention alone
+can copy it (induction heads, arXiv:2209.11895). *Alone* or *after*: does another document stand before
+its own in the window?
 
-A run that stands in experiments/context.json is not measured again; others are looked for in runs/. Prints nats a token of
-each kind, first model -> second, and writes experiments/context.json.
+A run that stands in experiments/context.json is not measured again; others are looked for in runs/.
+Prints nats a token of each kind, first model -> second, and writes experiments/context.json.
 """
-import argparse
 import json
 import os
 import sys
@@ -20,11 +20,10 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-sys.path.insert(0, HERE)
 import prepare
 from claims import SEEDS
 from inside import batches, nats
-from lory import UserError, atomic_open, load_checkpoint
+from lory import atomic_open, load_checkpoint, make_parser, run_script
 
 PAIRS = {
     'dense -> 8 experts, 2.5 times the text': ('dense-big', 'e8-big'),
@@ -47,24 +46,27 @@ def repeated(x, y):
 
 
 def measure(model, ckpt):
-    """-> nats a token of each of KINDS in held-out text, and in as much training text: {text: {kind: nats}}"""
+    """-> nats a token of each of KINDS in held-out text, and in as much training text: {text: {kind:
+    nats}}"""
     L = model.config.block_size
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', L)
     result, n = {}, (len(data.val.tokens) - 1) // L
     for text, tokens in (('held out', data.val.tokens), ('training', data.train.tokens)):
         losses, again, alone = [], [], []
-        for x, y in batches([tokens[i:i + L + 1] for i in np.linspace(0, len(tokens) - L - 1, n).astype(int)]):
-            losses.append(nats(model.eval(), x, y)[0])
+        starts = np.linspace(0, len(tokens) - L - 1, n).astype(int)
+        for x, y in batches([tokens[i:i + L + 1] for i in starts]):
+            losses.append(nats(model, x, y)[0])
             again.append(repeated(x, y))
-            begun = (x == data.meta['eot']).cumsum(1)                # documents that have begun in this window
+            begun = (x == data.meta['eot']).cumsum(1)  # documents that have begun in this window
             alone.append(begun == begun[:, :1])
-        losses, again, alone = map(torch.cat, (losses, again, alone))                 # (n, L) each
-        result[text] = {kind: losses[chosen].mean().item() for kind, chosen in zip(KINDS, (again, ~again, alone, ~alone))}
+        losses, again, alone = map(torch.cat, (losses, again, alone))  # (n, L) each
+        result[text] = {kind: losses[chosen].mean().item()
+                        for kind, chosen in zip(KINDS, (again, ~again, alone, ~alone))}
     return result
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    make_parser(__doc__).parse_args()
     path, results = f'{HERE}/context.json', {}
     if os.path.exists(path):
         with open(path) as f:
@@ -79,15 +81,12 @@ def main():
                     if ckpt['step'] == ckpt['args']['max_iters']:
                         results[run] = measure(model, ckpt)
             for text in ('held out', 'training') if all(run in results for run in runs) else ():
-                cells = ' | '.join(' -> '.join(f'{results[run][text][kind]:.3f}' for run in runs) for kind in KINDS)
+                cells = ' | '.join(' -> '.join(f'{results[run][text][kind]:.3f}' for run in runs)
+                                   for kind in KINDS)
                 print(f'| {name} | {seed} | {text} | {cells} |', flush=True)
     with atomic_open(path, 'w') as f:
         json.dump(results, f, indent=1)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as e:
-        print(f'context.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

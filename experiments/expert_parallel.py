@@ -3,35 +3,43 @@ Expert-wise model parallelism (paper, Sec. 6 and Fig. 7; proposed there, never t
 
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 experiments/expert_parallel.py
 
-Every rank keeps a slice of the hidden width H of *every* expert. Merging is elementwise in H, so it stays local, and so
-does the merged SwiGLU up to its last sum:
+Every rank keeps a slice of the hidden width H of *every* expert. Merging is elementwise in H, so it
+stays local, and so does the merged SwiGLU up to its last sum:
 
-    rank r:   x (B, L, D)  --all-gather-->  all ranks' x (W B, L, D)  --its H/W of the FFN-->  part (W B, L, D)
-              y (B, L, D)  <--reduce-scatter--  the parts, summed
+    rank r:   x (B, L, D)  --all-gather-->  all ranks' x (W B, L, D)  --its H/W of the FFN-->
+              y (B, L, D)  <--reduce-scatter--  the ranks' parts (W B, L, D), summed
 
-Attention stays data parallel (each rank has its own sequences) and what travels is activations, whose size knows nothing
-of E. Plain data parallelism instead sends every expert's gradient. It is not in lory.py because one device needs none
-of it, and a reader should not have to read past it.
+Attention stays data parallel (each rank has its own sequences) and what travels is activations, whose
+size knows nothing of E. Plain data parallelism instead sends every expert's gradient. It is not in
+lory.py because one device needs none of it, and a reader should not have to read past it.
 
-The script trains the same step both ways for several E, compares loss and gradients with a single process, counts the
-bytes that cross the loopback interface, and writes experiments/expert_parallel.json.
+The script trains the same step both ways for several E, compares loss and gradients with a single
+process, counts the bytes that cross the loopback interface, and writes
+experiments/expert_parallel.json.
 """
+import copy
 import json
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn        # not left to DDP: first loaded after init_process_group, its defaults keep the group alive
-import torch.nn as nn              # past destroy_process_group, and gloo's threads can abort the interpreter's exit
+# Not left to DDP: first loaded after init_process_group, its defaults keep the group alive past
+# destroy_process_group, and gloo's threads can abort the interpreter's exit.
+import torch.distributed.nn
+import torch.nn as nn
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from lory import Lory, LoryConfig, atomic_open
+from lory import Lory, LoryConfig, add_flag, atomic_open, make_parser, run_script
+
+
+HIDDEN = dict(gate=2, up=2, down=1)  # the dimension of each matrix that is H
 
 
 class AllGather(torch.autograd.Function):
-    """(B, ...) of each rank -> (W B, ...) of all; what each rank's slice makes of them sums up in the gradient."""
+    """(B, ...) of each rank -> (W B, ...) of all; what each rank's slice makes of them sums up in the
+    gradient."""
     @staticmethod
     def forward(ctx, x):
         everyone = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
@@ -57,32 +65,35 @@ class ReduceScatter(torch.autograd.Function):
 
 
 class ExpertParallel(nn.Module):
-    """Stands in for a LoryFFN: the same output for this rank's sequences, from H/W of every expert on each rank."""
+    """Stands in for a LoryFFN: the same output for this rank's sequences, from H/W of every expert on
+    each rank."""
 
     def __init__(self, ffn):
         super().__init__()
         self.ffn = ffn
-        for name, axis in (('gate', 2), ('up', 2), ('down', 1)):     # where H is
+        for name, axis in HIDDEN.items():
             part = getattr(ffn, name).chunk(dist.get_world_size(), axis)[dist.get_rank()]
             setattr(ffn, name, nn.Parameter(part.clone()))
 
-    def forward(self, x):                                            # (B, L, D)
-        y, e = self.ffn(AllGather.apply(x))                          # (W B, L, D), (W B, N, E): all ranks route alike
+    def forward(self, x, cache=None):  # (B, L, D), and no cache: this is for training
+        y, e = self.ffn(AllGather.apply(x))  # (W B, L, D), (W B, N, E): all ranks route alike
         mine = slice(dist.get_rank() * len(x), (dist.get_rank() + 1) * len(x))
         return ReduceScatter.apply(y), e[mine]
 
 
 def shard_experts(model):
-    """Make the model expert-parallel, in place. Its H must be a multiple of the ranks, which ask for equal batches."""
+    """Make the model expert-parallel, in place. Its H must be a multiple of the ranks, which ask for
+    equal batches."""
     for block in model.blocks:
         block.ffn = ExpertParallel(block.ffn)
 
 
 def average_gradients(model):
-    """After backward. A slice of an expert has met all ranks' sequences, and is only scaled to the mean of their losses.
-    All else, the router too (each rank has what its slice of H tells it), is summed over the ranks."""
+    """After backward. A slice of an expert has met all ranks' sequences, and is only scaled to the mean
+    of their losses. All else, the router too (each rank has what its slice of H tells it), is summed
+    over the ranks."""
     for name, p in model.named_parameters():
-        if not name.endswith(('.gate', '.up', '.down')):
+        if name.split('.')[-1] not in HIDDEN:
             dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
 
@@ -112,16 +123,17 @@ def bytes_a_step(work, steps=5):
 
 
 def measure(n_experts, config, batch):
-    """One row: how far the parallel step is from the single process's, and the bytes of it and of plain DDP."""
+    """One row: how far the parallel step is from the single process's, and the bytes of it and of plain
+    DDP."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     single = Lory(LoryConfig(n_experts=n_experts, **config))
-    with torch.no_grad():
-        for block in single.blocks:                                  # routing far from uniform, or E would not matter
+    with torch.no_grad():  # equal experts, or routing near uniform, and E would not matter
+        for block in single.blocks:
             block.ffn.router.weight.mul_(100)
-    parallel, ddp = (Lory(single.config) for _ in range(2))
-    for model in (parallel, ddp):
-        model.load_state_dict(single.state_dict())
+            for name in HIDDEN:
+                getattr(block.ffn, name).normal_(std=0.02)
+    parallel, ddp = copy.deepcopy(single), copy.deepcopy(single)
     idx = torch.randint(single.config.vocab_size, (batch, single.config.block_size + 1))
     mine = idx.chunk(world)[rank]
     single_loss = step(single, idx)
@@ -133,7 +145,7 @@ def measure(n_experts, config, batch):
     far = torch.zeros(1)
     grads = {name.replace('.ffn.ffn.', '.ffn.'): p.grad for name, p in parallel.named_parameters()}
     for name, p in single.named_parameters():
-        axis = {'gate': 2, 'up': 2, 'down': 1}.get(name.rsplit('.')[-1])
+        axis = HIDDEN.get(name.split('.')[-1])
         true = p.grad if axis is None else p.grad.chunk(world, axis)[rank]
         far = far.maximum((grads[name] - true).norm() / true.norm())
     dist.all_reduce(far, dist.ReduceOp.MAX)
@@ -143,30 +155,36 @@ def measure(n_experts, config, batch):
         average_gradients(parallel)
         parallel.zero_grad()
     replicated = nn.parallel.DistributedDataParallel(ddp)
-    row = dict(n_experts=n_experts, params=single.num_params(), params_a_rank=sum(p.numel() for p in parallel.parameters()),
-               loss_difference=abs(loss - single_loss).item(), gradient_difference=far.item(),
-               mb_expert_parallel=bytes_a_step(in_parallel) / 1e6,
-               mb_data_parallel=bytes_a_step(lambda: step(replicated, mine)) / 1e6)
-    return row
+    return dict(n_experts=n_experts, params=single.num_params(),
+                params_a_rank=sum(p.numel() for p in parallel.parameters()),
+                loss_difference=abs(loss - single_loss).item(), gradient_difference=far.item(),
+                mb_expert_parallel=bytes_a_step(in_parallel) / 1e6,
+                mb_data_parallel=bytes_a_step(lambda: step(replicated, mine)) / 1e6)
 
 
 def main():
+    parser = make_parser(__doc__)
+    add_flag(parser, 'quick', False, 'a tiny size, as the tests run it; nothing is written')
+    quick = parser.parse_args().quick
     dist.init_process_group('gloo')
     torch.set_num_threads(1)
-    config, batch, experts = dict(), 4, (2, 8, 32)
-    if sys.argv[1:] == ['--quick']:                                  # as the tests run it
-        config, experts = dict(n_embd=32, n_head=2, block_size=64, segment_len=16, vocab_size=256), (4,)
-    rows = [measure(E, config, batch) for E in experts]
+    batch = 4
+    tiny = dict(n_embd=32, block_size=64, segment_len=16, vocab_size=256)
+    rows = [measure(4, tiny, batch)] if quick else [measure(E, dict(), batch) for E in (2, 8, 32)]
     if dist.get_rank() == 0:
-        print(f'{"experts":>7} {"params":>10} {"on a rank":>10} {"loss off":>9} {"grads off":>9} {"MB a step":>9} {"DDP":>6}')
+        print(f'{"experts":>7} {"params":>10} {"on a rank":>10} {"loss off":>9} {"grads off":>9} '
+              f'{"MB a step":>9} {"DDP":>6}')
         for r in rows:
-            print(f'{r["n_experts"]:7} {r["params"]:10,} {r["params_a_rank"]:10,} {r["loss_difference"]:9.1e} '
-                  f'{r["gradient_difference"]:9.1e} {r["mb_expert_parallel"]:9.2f} {r["mb_data_parallel"]:6.2f}')
-        if config == {}:
+            print(f'{r["n_experts"]:7} {r["params"]:10,} {r["params_a_rank"]:10,} '
+                  f'{r["loss_difference"]:9.1e} {r["gradient_difference"]:9.1e} '
+                  f'{r["mb_expert_parallel"]:9.2f} {r["mb_data_parallel"]:6.2f}')
+        if not quick:
+            result = dict(ranks=dist.get_world_size(), batch=batch, backend='gloo', torch=torch.__version__,
+                          rows=rows)
             with atomic_open(f'{HERE}/expert_parallel.json', 'w') as f:
-                json.dump(dict(ranks=dist.get_world_size(), batch=batch, backend='gloo', torch=torch.__version__, rows=rows), f, indent=1)
+                json.dump(result, f, indent=1)
     dist.destroy_process_group()
 
 
 if __name__ == '__main__':
-    main()
+    run_script(main)

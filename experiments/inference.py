@@ -3,16 +3,15 @@ Inference as a user feels it: how good is the continuation of a prompt, and what
 
     python experiments/inference.py --runs dense=out-dense prior=out self=out-self
 
-1. Loss of the 256 tokens after a prompt of 1 to 512 tokens, in bits per byte, for each run and both ways of routing
-   (prompt: once, Sec. 3.1; segment: every T tokens, G.2), on the held-out text of each domain.
-2. `specialize`: dense experts of a domain, each made by one call from 1024 tokens of its training text (the mean of eight
-   such texts), and the uniform merge, each on the held-out text of every domain.
-3. Tokens/s of decoding against dense and against recomputing the context; the cost of routing and merging once.
+1. Loss of the 256 tokens after a prompt of 1 to 512 tokens, in bits per byte, for each run and both ways of
+   routing (prompt: once, Sec. 3.1; segment: every T tokens, G.2), on the held-out text of each domain.
+2. `specialize`: dense experts of a domain, each made by one call from 1024 tokens of its training text (the
+   mean of eight such texts), and the uniform merge, each on the held-out text of every domain.
+3. Tokens/s of decoding against dense and against recomputing the context; the cost of routing and merging
+   once.
 
 The first run is the baseline of 3, the second one is taken for 2 and 3. Writes experiments/inference.json.
 """
-import argparse
-import base64
 import json
 import math
 import os
@@ -24,29 +23,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import prepare
-from lory import UserError, atomic_open, load_checkpoint
-from train import evaluate, validation_windows
-
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import prepare
+from lory import add_flag, atomic_open, load_checkpoint, make_parser, number, run_script
+from train import evaluate, summary, validation_windows
+
 PROMPTS, AFTER = (1, 16, 64, 256, 512), 256
 
 
 @torch.no_grad()
 def continuation(model, windows, token_bytes, P, routing):
-    """Bits per byte of tokens P .. P + AFTER - 1 of each window (n, >= P + AFTER), read after its first P tokens."""
-    logits, _, cache = model.prefill(windows[:, :P], routing == 'segment')
+    """Bits per byte of tokens P to P + AFTER - 1 of each window (n, >= P + AFTER), read after its first
+    P tokens."""
+    logits, _, caches = model.prefill(windows[:, :P], routing == 'segment')
     nats, size = 0.0, 0
     for t in range(P, P + AFTER):
-        target, bytes_ = windows[:, t], token_bytes[windows[:, t]]
+        target, bytes_ = windows[:, t], token_bytes[windows[:, t]]  # (n,) both
         nats += F.cross_entropy(logits, target, reduction='none')[bytes_ > 0].sum().item()
         size += bytes_.sum().item()
-        logits = model.decode(target, torch.full_like(target, t), cache)
+        logits = model.decode(target, caches)
     return nats / math.log(2) / size
 
 
 def seconds(f, repeat):
+    """Median time of a call."""
     times = []
     for _ in range(repeat):
         t0 = time.perf_counter()
@@ -58,20 +59,23 @@ def seconds(f, repeat):
 @torch.no_grad()
 def speed(dense, model, rounds=9, n=64):
     """Medians over alternating rounds, one sequence, after a prompt of 512 tokens."""
-    idx, one = torch.randint(dense.config.vocab_size, (1, 512)), torch.tensor([512])
-    caches = {name: m.prefill(idx)[2] for name, m in (('dense', dense), ('lory', model))}
-    token = idx[:, 0]
-    steps = dict(dense=lambda: [dense.decode(token, one + i, caches['dense']) for i in range(n)],
-                 lory=lambda: [model.decode(token, one + i, caches['lory']) for i in range(n)])
-    times = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, f in steps.items():
-            times[name].append(seconds(f, 1) / n)
-    x = torch.randn(1, 512, model.config.n_embd)
+    idx, mean = torch.randint(dense.config.vocab_size, (1, 512)), torch.randn(1, model.config.n_embd)
+    models = dict(dense=dense, lory=model)
+    caches = {name: m.prefill(idx)[2] for name, m in models.items()}
+    times = {name: [] for name in models}
+
+    def decode(name):
+        for cache in caches[name]:
+            cache.pos = 512  # every round begins after the prompt
+        for _ in range(n):
+            models[name].decode(idx[:, 0], caches[name])
 
     def route_and_merge():
         for block in model.blocks:
-            block.ffn.merged(block.ffn.weights(x.mean(1)))
+            block.ffn.merged(block.ffn.weights(mean))
+    for _ in range(rounds):
+        for name in models:
+            times[name].append(seconds(lambda: decode(name), 1) / n)
     token_s = {name: statistics.median(t) for name, t in times.items()}
     whole = seconds(lambda: model(idx)[0][:, -1], 15)
     return dict(dense_tok_s=1 / token_s['dense'], lory_tok_s=1 / token_s['lory'],
@@ -80,59 +84,65 @@ def speed(dense, model, rounds=9, n=64):
                 route_and_merge_s_over_decode_s=seconds(route_and_merge, 50) / token_s['lory'])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', nargs='+', default=['dense=out-dense', 'prior=out', 'self=out-self'])
-    parser.add_argument('--dataset', default='builtin')
-    parser.add_argument('--windows', type=int, default=32, help='of each domain, evenly spaced')
-    args = parser.parse_args()
-    models = {name: load_checkpoint(f'{path}/ckpt.pt')[0].eval() for name, path in (r.split('=') for r in args.runs)}
-    data = prepare.load_dataset(f'data/{args.dataset}', 1024)
-    size = [len(base64.b64decode(t)) for t in data.tokenizer['tokens']]
-    token_bytes = torch.tensor(size + [0] * (data.meta['vocab_size'] - len(size)))
-    domains = data.meta['domains']
-    held_out = validation_windows(data.val, len(domains), max(PROMPTS) + AFTER, args.windows)
-    batches = [torch.from_numpy(np.stack(w).astype(np.int64)) for w in held_out]
-    result = dict(torch=torch.__version__, threads=torch.get_num_threads(), runs=args.runs, continuation=[])
-
+def continuations(models, data, token_bytes, limit):
+    """1. The table of prompts, printed. -> its rows"""
+    held_out = validation_windows(data.val, data.meta['domains'], max(PROMPTS) + AFTER, limit)
+    held_out = {d: torch.from_numpy(np.stack(w).astype(np.int64)) for d, w in held_out.items()}
     print(f'1. bits per byte of the {AFTER} tokens after a prompt of P tokens')
-    print(f'{"model":8}{"routing":10}{"P":>4}  ' + ''.join(f'{d:>9}' for d in domains) + f'{"mean":>9}')
+    print(f'{"model":8}{"routing":10}{"P":>4}  ' + ''.join(f'{d:>9}' for d in held_out) + f'{"mean":>9}')
+    rows = []
     for name, model in models.items():
         for routing in ['prompt', 'segment'] if model.config.n_experts > 1 else ['prompt']:
             for P in PROMPTS:
-                bpb = [continuation(model, b, token_bytes, P, routing) for b in batches]
-                result['continuation'].append(dict(model=name, routing=routing, P=P, **dict(zip(domains, bpb)),
-                                                   mean=statistics.mean(bpb)))
+                bpb = {d: continuation(model, w, token_bytes, P, routing) for d, w in held_out.items()}
+                bpb['mean'] = statistics.mean(bpb.values())
+                rows.append(dict(model=name, routing=routing, P=P, **bpb))
                 print(f'{name:8}{routing if model.config.n_experts > 1 else "-":10}{P:4}  '
-                      + ''.join(f'{b:9.4f}' for b in [*bpb, statistics.mean(bpb)]))
+                      + ''.join(f'{b:9.4f}' for b in bpb.values()))
+    return rows
 
-    dense, model = list(models.values())[:2]
-    windows = validation_windows(data.val, len(domains), 512, 32)
-    settings = argparse.Namespace(batch_size=16, gradient_accumulation_steps=1, segment_len=256)
+
+def specialized(dense, model, data, token_bytes):
+    """2. The table of dense experts, printed. -> {expert: {domain: bits per byte}}"""
+    windows = validation_windows(data.val, data.meta['domains'], 512, 32)
 
     def by_domain(m):
-        s = evaluate(m, windows, token_bytes, settings, 'cpu', torch.autocast('cpu', enabled=False))[0][:, 0]
-        return (s[:, 0] / s[:, 2] / math.log(2)).tolist()
-    print('\n2. dense experts: bits per byte on each domain')
+        sums = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False), 'cpu')[0]
+        row = summary(sums, windows)
+        return {d: row[f'bpb_{d}'] for d in windows}
     experts = {}
-    for d, domain in enumerate(domains):
-        each = []
-        for first in np.flatnonzero(data.train.domain == d)[100:900:100]:              # eight texts of 1024 tokens
+    for domain in windows:
+        each, docs = [], np.flatnonzero(data.train.domain == data.meta['domains'].index(domain))
+        for first in docs[100:900:100]:  # eight texts of 1024 tokens
             start = data.train.start[first]
             prompt = torch.from_numpy(data.train.tokens[start:start + 1024].astype(np.int64))[None]
             each.append(by_domain(model.specialize(prompt)))
-        experts[f'of {domain}'] = [statistics.mean(bpb) for bpb in zip(*each)]
+        experts[f'of {domain}'] = {d: statistics.mean(bpb[d] for bpb in each) for d in windows}
     uniform = model.specialize(prompt)
-    for ours, theirs in zip(uniform.blocks, model.blocks):
-        for part in ('gate', 'up', 'down'):
-            getattr(ours.ffn, part).data = getattr(theirs.ffn, part).data.mean(0, keepdim=True)
+    uniform.fill({name: p.mean(0, keepdim=True) if p.dim() == 3 else p
+                  for name, p in model.named_parameters()})
     experts |= {'uniform': by_domain(uniform), 'all, routed': by_domain(model), 'dense run': by_domain(dense)}
-    print(f'{"expert":14}' + ''.join(f'{d:>9}' for d in domains))
+    print('\n2. dense experts: bits per byte on each domain')
+    print(f'{"expert":14}' + ''.join(f'{d:>9}' for d in windows))
     for name, bpb in experts.items():
-        print(f'{name:14}' + ''.join(f'{b:9.4f}' for b in bpb))
-    result['specialize'] = {name: dict(zip(domains, bpb)) for name, bpb in experts.items()}
+        print(f'{name:14}' + ''.join(f'{b:9.4f}' for b in bpb.values()))
+    return experts
 
-    result['speed'] = speed(dense, model)
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument('--runs', nargs='+', default=['dense=out-dense', 'prior=out', 'self=out-self'],
+                        metavar='NAME=FOLDER', help='the runs to compare (default: %(default)s)')
+    add_flag(parser, 'dataset', 'builtin', 'folder under data/ that prepare.py made')
+    add_flag(parser, 'windows', 32, 'of each domain, evenly spaced', number(int, 1))
+    args = parser.parse_args()
+    models = {name: load_checkpoint(f'{path}/ckpt.pt')[0] for name, path in (r.split('=') for r in args.runs)}
+    data = prepare.load_dataset(f'data/{args.dataset}', 1024)
+    token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer))  # (V,)
+    dense, model = list(models.values())[:2]
+    result = dict(torch=torch.__version__, threads=torch.get_num_threads(), runs=args.runs,
+                  continuation=continuations(models, data, token_bytes, args.windows),
+                  specialize=specialized(dense, model, data, token_bytes), speed=speed(dense, model))
     print('\n3. speed, one sequence in float32')
     for name, value in result['speed'].items():
         print(f'{name:34}{value:10.3f}')
@@ -141,8 +151,4 @@ def main():
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as e:
-        print(f'inference.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -5,16 +5,17 @@ Inside trained Lorys: what the experts specialise in, how evenly they are used, 
 
 A run that stands in experiments/inside.json is not measured again.
 
-For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the weights alone tell the
-domain of an unseen document; what each domain loses when one expert is taken away; the entropy of the weights and the
-experts in use within 10 training steps (App. G.1); and the loss in segment 1 by position, as reported and honest, each
-prefix on its own. Writes experiments/inside.json, assets/inside.png and assets/stream.png, the weights along the text.
+For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the
+weights alone tell the domain of an unseen document; what each domain loses when one expert is taken
+away; the entropy of the weights and the experts in use within 10 training steps (App. G.1); and the
+loss in segment 1 by position, as reported and honest, each prefix on its own. Writes
+experiments/inside.json, assets/inside.png and assets/stream.png, the weights along the text.
 """
-import argparse
 import json
 import math
 import os
 import sys
+from argparse import Namespace
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from lory import LoryFFN, UserError, atomic_open, load_checkpoint
+from claims import SEEDS
+from lory import LoryFFN, UserError, atomic_open, load_checkpoint, make_parser, run_script
 from train import get_batch, to_xy, validation_windows
 
-GROUPS, SEEDS = ('e8', 'e8-half', 'e8-half-self'), (1337, 1, 2)
+GROUPS = ('e8', 'e8-half', 'e8-half-self')
 
 
 @torch.no_grad()
@@ -51,12 +53,13 @@ def perplexity(model, windows):
 
 def by_domain(model, windows):
     """Mean routing weights of the segments after the first, (n_domains, n_layer, E)."""
-    return torch.stack([torch.cat([nats(model, x, y)[1][:, :, 1:].mean(2) for x, y in batches(w)]).mean(0) for w in windows])
+    weights = [[nats(model, x, y)[1][:, :, 1:].mean(2) for x, y in batches(w)] for w in windows]
+    return torch.stack([torch.cat(w).mean(0) for w in weights])
 
 
 def document_weights(model, split, limit, seed=0):
-    """The routing weights that each of up to `limit` documents of at least a segment gets on its own, all layers side by
-    side, (n_docs, n_layer * E), and their domains."""
+    """The routing weights that each of up to `limit` documents of at least a segment gets on its own,
+    all layers side by side, (n_docs, n_layer * E), and their domains."""
     T, rows, domains = model.config.segment_len, [], []
     for d in np.random.default_rng(seed).permutation(len(split.domain)):
         tokens = split.tokens[split.start[d]:split.start[d + 1]][:model.config.block_size]
@@ -71,8 +74,8 @@ def document_weights(model, split, limit, seed=0):
 
 
 def domain_accuracy(model, data):
-    """Logistic regression from routing weights to domain: fitted on training documents, scored on held-out ones.
-    -> accuracy, mean over domains (chance is one in n_domains)"""
+    """Logistic regression from routing weights to domain: fitted on training documents, scored on
+    held-out ones. -> accuracy, mean over domains (chance is one in n_domains)"""
     x, y = document_weights(model, data.train, 1500)
     x_val, y_val = document_weights(model, data.val, 800)
     guess = LogisticRegression(max_iter=2000, class_weight='balanced').fit(x, y).predict(x_val)
@@ -80,8 +83,8 @@ def domain_accuracy(model, data):
 
 
 def without_expert(model, windows):
-    """Change of each domain's perplexity in percent when one expert's weight is set to zero and the others scaled up to
-    sum to one, layer by layer and expert by expert. (n_layer, E, n_domains)"""
+    """Change of each domain's perplexity in percent when one expert's weight is set to zero and the
+    others scaled up to sum to one, layer by layer and expert by expert. (n_layer, E, n_domains)"""
     base = [perplexity(model, w) for w in windows]
     rows = []
     for block in model.blocks:
@@ -94,28 +97,30 @@ def without_expert(model, windows):
                 return e / e.sum(-1, keepdim=True)
             block.ffn.route = route
             rows.append([100 * (perplexity(model, w) / b - 1) for w, b in zip(windows, base)])
-            del block.ffn.route                                      # the method of the class again
+            del block.ffn.route  # the method of the class again
     return np.array(rows).reshape(len(model.blocks), -1, len(windows)).tolist()
 
 
 def use(model, data):
-    """-> mean entropy of the weights and entropy of the mean weights, both as a share of log E (uniform is 1, 1; collapse
-    0, 0; specialisation low, high), and the share of (layer, expert) pairs above 2/E within 10 training steps."""
+    """-> mean entropy of the weights and entropy of the mean weights, both as a share of log E (uniform
+    is 1, 1; collapse 0, 0; specialisation low, high), and the share of (layer, expert) pairs above 2/E
+    within 10 training steps."""
     config, mean, every, seen = model.config, 0, [], False
+    order = Namespace(block_size=config.block_size, seed=0)
     for step in range(10):
-        x, y = get_batch(data.train.tokens, 4 * step, 4, config.block_size, 0, 'cpu')
-        e = nats(model, x, y)[1][:, :, 1:].double()                  # (B, n_layer, N - 1, E)
+        x, y = get_batch(data.train.tokens, 4 * step, 4, order, 'cpu')
+        e = nats(model, x, y)[1][:, :, 1:].double()  # (B, n_layer, N - 1, E)
         every.append(-(e * e.clamp(min=1e-30).log()).sum(-1).mean().item())
         mean = mean + e.mean((0, 2)) / 10
         seen = seen | (e > 2 / config.n_experts).any(2).any(0)
-    flat = -(mean * mean.log()).sum(-1).mean().item()
-    return dict(entropy=float(np.mean(every)) / math.log(config.n_experts), entropy_of_mean=flat / math.log(config.n_experts),
+    flat, most = -(mean * mean.log()).sum(-1).mean().item(), math.log(config.n_experts)
+    return dict(entropy=float(np.mean(every)) / most, entropy_of_mean=flat / most,
                 in_use=seen.double().mean().item())
 
 
 def segment_one(model, windows):
-    """Mean loss at each position of segment 1, (T,) each: as the full pass reports it; honest, every prefix run on its
-    own; and with the first segment's weights taken from another sequence."""
+    """Mean loss at each position of segment 1, (T,) each: as the full pass reports it; honest, every
+    prefix run on its own; and with the first segment's weights taken from another sequence."""
     T = model.config.segment_len
     x, y = to_xy([w[:T + 1] for w in windows if len(w) > T], 'cpu')
     reported = nats(model, x, y)[0].mean(0)
@@ -129,28 +134,29 @@ def segment_one(model, windows):
 
 def measure(model, ckpt, out):
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', model.config.block_size)
-    windows = validation_windows(data.val, len(data.meta['domains']), model.config.block_size, 24)
-    model.eval()
-    result = dict(run=out, domains=data.meta['domains'], routing=by_domain(model, windows).tolist(),
+    domains = validation_windows(data.val, data.meta['domains'], model.config.block_size, 24)
+    windows = list(domains.values())
+    result = dict(run=out, domains=list(domains), routing=by_domain(model, windows).tolist(),
                   domain_accuracy=domain_accuracy(model, data), **use(model, data),
-                  segment_one=segment_one(model, [w for domain in windows for w in domain]))
-    if result['run'].startswith('e8-') and 'half' not in result['run']:
+                  segment_one=segment_one(model, sum(windows, [])))
+    if 'half' not in out:
         result['without_expert'] = without_expert(model, windows)
     return result
 
 
 def draw(results):
-    """assets/inside.png: routing by domain, what a domain loses without an expert, and segment 1 by position."""
+    """assets/inside.png: routing by domain, what a domain loses without an expert, and segment 1 by
+    position."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     first = next(r for r in results if 'without_expert' in r)
     domains, layers = first['domains'], len(first['without_expert'])
-    positions = any('self' in r['run'] for r in results)             # prior alone sees nothing ahead: three equal curves
+    positions = any('self' in r['run'] for r in results)  # prior alone sees nothing ahead: three equal curves
     columns = layers + positions
     fig, ax = plt.subplots(2, columns, figsize=(4 * columns, 5.2), layout='constrained', squeeze=False)
-    routing, loss = np.array(first['routing']), np.array(first['without_expert'])     # (domains, layers, E), (layers, E, domains)
-    for layer in range(layers):
+    routing, loss = np.array(first['routing']), np.array(first['without_expert'])
+    for layer in range(layers):  # routing (n_domains, n_layer, E), loss (n_layer, E, n_domains)
         for a, image, top, title in ((ax[0, layer], routing[:, layer], routing.max(), 'mean routing weight'),
                                      (ax[1, layer], loss[layer].T, loss.max(), 'perplexity without it, %')):
             shown = a.imshow(image, vmin=0, vmax=top, aspect='auto')
@@ -158,7 +164,8 @@ def draw(results):
                   xticklabels=range(1, image.shape[1] + 1), yticks=range(len(domains)), yticklabels=domains)
             fig.colorbar(shown, ax=a)
     for a, kind in zip(ax[:, -1], ('prior', 'self') if positions else ()):
-        runs = [r['segment_one'] for r in results if 'half' in r['run'] and ('self' in r['run']) == (kind == 'self')]
+        runs = [r['segment_one'] for r in results
+                if 'half' in r['run'] and ('self' in r['run']) == (kind == 'self')]
         for name, style in (('reported', '-'), ('honest', '--'), ('other', ':')):
             curve = np.mean([r[name] for r in runs], 0)
             a.plot(np.arange(4, len(curve), 8), curve.reshape(-1, 8).mean(1), style,
@@ -170,36 +177,42 @@ def draw(results):
 
 
 def same_document(start, T):
-    """Share of the text that routes a token, the segment before the token's own, that is of the token's document. With both
-    places uniform in their segments, the distance k between them occurs T - |k - T| times, 0 < k < 2T."""
+    """Share of the text that routes a token, the segment before the token's own, that is of the token's
+    document. With both places uniform in their segments, the distance k between them occurs T - |k - T|
+    times, 0 < k < 2T."""
     k = np.arange(1, 2 * T)
     lengths = np.diff(start)
-    pairs = [np.maximum(lengths - i, 0).sum() for i in k]            # tokens that have one of their document i before them
+    # Tokens that have one of their document i before them.
+    pairs = [np.maximum(lengths - i, 0).sum() for i in k]
     return np.average(pairs, weights=T - abs(k - T)) / lengths.sum()
 
 
 def draw_stream(path, n=8):
-    """assets/stream.png: along n training windows, chained and shuffled, the domain that each segment begins in and the
-    last layer's routing weights for it."""
+    """assets/stream.png: along n training windows, chained and shuffled, the domain that each segment
+    begins in and the last layer's routing weights for it."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    model = load_checkpoint(path)[0].eval()
+    model = load_checkpoint(path)[0]
     L, T = model.config.block_size, model.config.segment_len
-    fig, axes = plt.subplots(4, 1, figsize=(10, 4.6), layout='constrained', height_ratios=(1, 4, 1, 4), sharex=True)
-    for strip, weights, dataset, order in zip(axes[::2], axes[1::2], ('builtin', 'shuffled'), ('chained', 'shuffled')):
+    fig, axes = plt.subplots(4, 1, figsize=(10, 4.6), layout='constrained', height_ratios=(1, 4, 1, 4),
+                             sharex=True)
+    orders = (('builtin', 'chained'), ('shuffled', 'shuffled'))
+    for strip, weights, (dataset, order) in zip(axes[::2], axes[1::2], orders):
         data = prepare.load_dataset(f'data/{dataset}', L)
         train = data.train
-        first = len(train.tokens) // 2 // L * L                      # any place will do
+        first = len(train.tokens) // 2 // L * L  # any place will do
         x, y = to_xy([train.tokens[i:i + L + 1] for i in range(first, first + n * L, L)], 'cpu')
-        e = nats(model, x, y)[1][:, -1].flatten(0, 1)                # (n * N, E)
+        e = nats(model, x, y)[1][:, -1].flatten(0, 1)  # (n * N, E)
         domain = train.domain[np.searchsorted(train.start, first + T * np.arange(len(e)), 'right') - 1]
         strip.imshow(domain[None], aspect='auto', cmap='tab10', vmin=0, vmax=9)
-        strip.set(yticks=[], title=f"{order}: each segment's domain, and below it its routing weights in the last layer")
+        strip.set(yticks=[], title=f"{order}: each segment's domain, and below it its routing weights in the "
+                  'last layer')
         joints = [0, *np.flatnonzero(np.diff(domain)) + 1, len(domain)]
         for a, b in zip(joints[:-1], joints[1:]):
-            if b - a > 5:                                            # room for a name
-                strip.text((a + b - 1) / 2, 0, data.meta['domains'][domain[a]], ha='center', va='center', fontsize=8)
+            if b - a > 5:  # room for a name
+                strip.text((a + b - 1) / 2, 0, data.meta['domains'][domain[a]], ha='center', va='center',
+                           fontsize=8)
         weights.imshow(e.T, aspect='auto', vmin=0, vmax=1)
         weights.set(ylabel='expert', yticks=range(len(e.T)), yticklabels=range(1, len(e.T) + 1))
     weights.set(xlabel=f'segments of {T} tokens, {L // T} a sequence; the prior routes the first of each')
@@ -208,7 +221,7 @@ def draw_stream(path, n=8):
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    make_parser(__doc__).parse_args()
     path, results = f'{HERE}/inside.json', []
     if os.path.exists(path):
         with open(path) as f:
@@ -224,22 +237,20 @@ def main():
         with atomic_open(path, 'w') as f:
             json.dump(results, f, indent=1)
     if not any('without_expert' in r for r in results):
-        raise UserError("no finished run in runs/: python experiments/claims.py --train e8 'e8 half' 'e8 half self' makes them.")
+        raise UserError("no finished run in runs/: python experiments/claims.py --train e8 'e8 half' "
+                        "'e8 half self' makes them.")
     for r in results:
         s = {name: np.mean(curve) for name, curve in r['segment_one'].items()}
-        print(f'{r["run"]:14} domain told {r["domain_accuracy"]:.2f} | entropy {r["entropy"]:.2f}, of the mean '
-              f'{r["entropy_of_mean"]:.2f} | in use {r["in_use"]:.2f} | segment 1 reported {s["reported"]:.3f}, honest '
-              f'{s["honest"]:.3f}, another\'s {s["other"]:.3f}')
+        print(f'{r["run"]:14} domain told {r["domain_accuracy"]:.2f} | entropy {r["entropy"]:.2f}, '
+              f'of the mean {r["entropy_of_mean"]:.2f} | in use {r["in_use"]:.2f} | segment 1 reported '
+              f'{s["reported"]:.3f}, honest {s["honest"]:.3f}, another\'s {s["other"]:.3f}')
     draw(results)
     if os.path.exists('runs/e8-half-1337/ckpt.pt'):
         draw_stream('runs/e8-half-1337/ckpt.pt')
         start = prepare.load_dataset('data/builtin', 1024).train.start
-        print('routed by the same document: ' + ', '.join(f'T={T} {same_document(start, T):.2f}' for T in (64, 256, 512)))
+        print('routed by the same document: '
+              + ', '.join(f'T={T} {same_document(start, T):.2f}' for T in (64, 256, 512)))
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except UserError as e:
-        print(f'inside.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -3,40 +3,48 @@ Train with a short first segment: strictly causal, and only its T/8 tokens make 
 
     python experiments/short_first.py --segment_len=256 --out_dir=out-short        any flag of train.py
 
-The mean of these few tokens routes segment 2, and from there on all segments are T long. One more merge a sequence. What it is
-worth stands in runs.csv, group `e8 half T256 short`. A model trained so is no Lory of lory.py, which would read its checkpoint
-and cut its sequences at multiples of T.
+The mean of these few tokens routes segment 2, and from there on all segments are T long. That is one
+more merge in a sequence. What it is worth stands in runs.csv, group `e8 half T256 short`. To load a
+checkpoint, give load_checkpoint `build=functools.partial(Lory, ffn=ShortFirstFFN)`.
 """
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import lory
 import train
+from lory import Lory, LoryFFN, UserError, at_least_float32, lean_swiglu, run_script
 
 
-class ShortFirstFFN(lory.LoryFFN):
-    def forward(self, x):
+class ShortFirstFFN(LoryFFN):
+    def forward(self, x, cache=None):
+        """(B, L, D) -> output (B, L, D), routing weights (B, 1 + R, E). Generation is LoryFFN's: the
+        prompt routes."""
         B, L, D = x.shape
-        T, T1 = self.segment_len, self.segment_len // 8              # T1 tokens in segment 1
-        if self.router is None or L <= T1:
-            return super().forward(x)
-        R = math.ceil((L - T1) / T)                                  # segments after it
-        first, later = x[:, None, :T1], F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
-        prior = self.router.bias.softmax(-1).expand(B, 1, -1)
-        e = torch.cat([prior, self.weights(torch.cat([first.mean(2), later[:, :-1].mean(2)], 1))], 1)   # (B, 1 + R, E)
-        parts = self.run(first, e[:, :1]).flatten(1, 2), self.run(later, e[:, 1:]).flatten(1, 2)[:, :L - T1]
-        return torch.cat(parts, 1), e
+        T, T1 = self.segment_len, max(1, self.segment_len // 8)  # T1 tokens in segment 1
+        if cache is not None and cache.reroute:
+            raise UserError('a model with a short first segment cannot route again: leave reroute out.')
+        if self.router is None or cache is not None or L <= T1:
+            return super().forward(x, cache)
+        R = math.ceil((L - T1) / T)  # segments after the first
+        first = x[:, :T1]  # (B, T1, D)
+        later = F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
+        means = torch.cat([first.mean(1, keepdim=True), later[:, :-1].mean(2)], 1)  # (B, R, D)
+        prior = at_least_float32(self.router.bias).softmax(-1).expand(B, 1, -1)  # (B, 1, E)
+        e = torch.cat([prior, self.weights(means)], 1)  # (B, 1 + R, E)
+        experts = self.gate, self.up, self.down
+        y_first = lean_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
+        y_later = lean_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)
+        return torch.cat([y_first, y_later.view(B, R * T, D)[:, :L - T1]], 1), e
+
+
+def main(argv=None):
+    return train.main(argv, build=partial(Lory, ffn=ShortFirstFFN))
 
 
 if __name__ == '__main__':
-    lory.LoryFFN = ShortFirstFFN
-    try:
-        sys.exit(train.main())
-    except lory.UserError as e:
-        print(f'short_first.py: {e}', file=sys.stderr)
-        sys.exit(2)
+    run_script(main)
