@@ -22,9 +22,9 @@ routing*: the mean hidden state of segment k-1 routes segment k (Sec. 3.1, Eq. 3
               `---------.          `---------.
    first_segment        |                    |                    shifted by one segment
          |              |                    |
-        e_1            e_2                  e_3                   routing weights                 (B, N, E)
+       e(1)           e(2)                 e(3)                   routing weights                 (B, N, E)
          |              |                    |
-     FFN Σ e_1i θ_i   FFN Σ e_2i θ_i      FFN Σ e_3i θ_i          one merged FFN per segment
+   FFN Σ e(1)_i θ_i  FFN Σ e(2)_i θ_i   FFN Σ e(3)_i θ_i          one merged FFN per segment
 
 Nothing comes before segment 1. A learned prior routes it or, as in the paper, its own mean (`LoryFFN.route`).
 
@@ -33,15 +33,17 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs at once, B * N
-    e  routing weights (Eq. 3)     in, out  D and H, or H and D
+    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs at once: B * N in
+    e  routing weights (Eq. 3)     h  mean hidden state of a segment             training, B in generation
+                                   in, out  D and H, or H and D
 
-Ours, not the paper's: that prior, a last segment that may be short, and tied embeddings by default.
-`naive_lory` in test_lory.py is this layer as a plain loop, and a good first read.
+Ours, not the paper's: that prior and the router bias that holds it, dense warm-up by tying gradients, tied
+embeddings by default. `naive_lory` in test_lory.py is this layer as a plain loop, and a good first read.
 """
 import argparse
 import math
 import os
+import pickle
 import sys
 import zipfile
 import zlib
@@ -71,7 +73,7 @@ class LoryConfig:
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
-    ffn_hidden: int = option(0, 'H, hidden width of an expert; 0: 8/3 of n_embd, rounded up to 32s')
+    ffn_hidden: int = option(0, 'H, hidden width of an expert; 0: 8/3 of n_embd, up to a multiple of 32')
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
     routing: str = option('causal', 'causal: each segment is routed by the one before it (Sec. 3.1); prefix: '
@@ -81,27 +83,22 @@ class LoryConfig:
     tie_embeddings: bool = option(True, 'use one matrix for token embedding and output head')
 
     def __post_init__(self):
+        if self.ffn_hidden == 0:
+            self.ffn_hidden = 32 * math.ceil(self.n_embd * 8 / 3 / 32)
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get('choices')
             if choices and value not in choices:
                 raise UserError(f'{f.name}={value} is not known; choose one of {", ".join(choices)}.')
-            lowest = 0 if f.name == 'ffn_hidden' else 1
-            if f.type is int and value < lowest:
-                raise UserError(f'{f.name}={value} must be at least {lowest}.')
+            if f.type is int and value < 1:
+                raise UserError(f'{f.name}={value} must be at least 1.')
         if self.segment_len > self.block_size:
             raise UserError(f'segment_len={self.segment_len} must not exceed block_size={self.block_size}.')
         if self.n_embd % (2 * self.n_head):
             raise UserError(f'n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}: rotary '
                             'embeddings turn pairs of channels in each head.')
-        if self.ffn_hidden == 0:
-            self.ffn_hidden = 32 * math.ceil(self.n_embd * 8 / 3 / 32)
 
 
 # --- The idea, on one screen: route each segment by the one before it, merge the experts, run the result. ---
-
-def at_least_float32(t):
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
 
 def merge(e, theta):
     """Average experts in parameter space, Σ_i e_i θ_i. (S, E), (E, in, out) -> (S, in, out)"""
@@ -126,17 +123,17 @@ class LoryFFN(nn.Module):
         self.down = nn.Parameter(torch.empty(E, H, D))
         self.router = nn.Linear(D, E) if E > 1 else None
 
-    def weights(self, h):
-        """Routing weights softmax(router(h)), in float32 even under autocast. (..., D) -> (..., E)"""
+    def routing_weights(self, h):
+        """softmax(router(h)), in the router's float32 even under autocast. (..., D) -> (..., E)"""
         with torch.autocast(h.device.type, enabled=False):
-            return at_least_float32(self.router(h.to(self.router.weight.dtype))).softmax(-1)
+            return self.router(h.to(self.router.weight.dtype)).softmax(-1)
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        own = self.weights(x.mean(2))  # (B, N, E), what the mean of each segment says
+        own = self.routing_weights(x.mean(2))  # (B, N, E), what the mean of each segment says
         if self.first_segment == 'prior':
             # Ours: the softmax of the router's bias alone. It is learned, and has seen no token of the text.
-            first = at_least_float32(self.router.bias).softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
+            first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
             # still sees the mean of tokens 2 to T: losses over segment 1 come out too good.
@@ -148,7 +145,7 @@ class LoryFFN(nn.Module):
         return torch.cat([first, later], 1)  # (B, N, E)
 
     def merged(self, e):
-        """Routing weights (S, E) -> S merged FFNs: gate (S, D, H), up (S, D, H), down (S, H, D)"""
+        """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
@@ -159,19 +156,19 @@ class LoryFFN(nn.Module):
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
         if cache is not None:  # generation
-            return self.prefill(x, cache) if cache.pos == 0 else self.decode(x, cache)
+            return self.read_prompt(x, cache) if cache.pos == 0 else self.read_token(x, cache)
         if N * T > L:
             # Pad the last segment. This falsifies its mean, but the last segment's mean routes nothing.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
-        # In a word: swiglu(x, *self.merged(e)). `lean_swiglu`, below, computes this formula in less memory.
+        # This equals swiglu(x, *self.merged(e)), in less memory: see lean_swiglu.
         y = lean_swiglu(x.view(B * N, T, D), e.flatten(0, 1), self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
-    def prefill(self, x, cache):
-        """Read the prompt (B, L, D). Its mean routes once, for the prompt itself and for all that follows
-        (Sec. 3.1): the model is dense from then on. With cache.reroute, each segment is routed as in training
-        (App. G.2).
+    def read_prompt(self, x, cache):
+        """Generation: read the prompt (B, L, D) and keep in `cache`, a Cache, the FFN for what follows.
+        The prompt's mean routes once, for the prompt itself too (Sec. 3.1): the model is dense from then on.
+        With cache.reroute, each segment is routed as in training (App. G.2).
         -> output (B, L, D), routing weights (B, N, E), where N = 1 unless cache.reroute"""
         if cache.reroute:
             y, e = self(x)
@@ -179,17 +176,17 @@ class LoryFFN(nn.Module):
             started = (x.shape[1] - 1) // self.segment_len * self.segment_len
             cache.total = x[:, started:].sum(1)  # (B, D)
         else:
-            e = self.weights(x.mean(1, keepdim=True))  # (B, 1, E)
+            e = self.routing_weights(x.mean(1, keepdim=True))  # (B, 1, E)
             cache.ffn = self.merged(e[:, 0])
             y = swiglu(x, *cache.ffn)
         return y, e
 
-    def decode(self, x, cache):
+    def read_token(self, x, cache):
         """Read one more token (B, 1, D) with the FFN in use. -> output (B, 1, D), None"""
         T = self.segment_len
         if cache.reroute:
             if cache.pos % T == 0 and (self.routing == 'causal' or cache.pos == T):
-                cache.ffn = self.merged(self.weights(cache.total / T))
+                cache.ffn = self.merged(self.routing_weights(cache.total / T))
                 cache.total = 0
             cache.total = cache.total + x[:, 0]
         return swiglu(x, *cache.ffn), None
@@ -218,13 +215,13 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
         # Merge θᵀ rather than transpose W. torch.compile would recognise W as already computed and keep it.
-        dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in)
+        dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
-        # Just after warm-up experts differ by less than bfloat16 resolves, and these differences are all that
-        # the softmax passes on. So subtract θ_1 before rounding, and add dW θ_1ᵀ to the result.
-        parts = theta - theta[:1]  # (E, in, out): 0, θ_2 - θ_1, θ_3 - θ_1, ...
-        parts[0] = theta[0]
+        # The gradient through the softmax depends on how de differs between experts. Just after warm-up they
+        # differ by less than bfloat16 resolves, so subtract θ_1 before rounding and add dW θ_1ᵀ afterwards.
+        parts = theta - theta[:1]  # (E, in, out)
+        parts[0] = theta[0]  # θ_1, θ_2 - θ_1, θ_3 - θ_1, ...
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)  # (S, E)
         de[:, 1:] += de[:, :1]
         return dx, de, dtheta
@@ -254,6 +251,27 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)  # (B, nh, L, hs/2) both
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class Cache:
+    """What one layer keeps of the B equally long sequences that it is generating."""
+
+    def __init__(self, slots, reroute):
+        self.slots = slots  # tokens that attention looks back on
+        self.reroute = reroute  # merge the experts again for every segment?
+        self.pos = 0  # tokens read
+        self.k = self.v = None  # (B, nh, slots, hs), keys and values in a ring
+        self.ffn = None  # merged gate and up (B, D, H), down (B, H, D)
+        self.total = None  # (B, D), sum of the FFN's inputs in the current segment
+
+    def remember(self, k, v):
+        """Store keys and values (B, nh, L, hs), the prompt's, then a token's. -> those to attend to"""
+        if self.pos == 0:
+            self.k, self.v = (F.pad(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
+            return k, v
+        slot = self.pos % self.slots  # beyond `slots` tokens the oldest one makes room
+        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
+        return self.k[:, :, :self.pos + 1], self.v[:, :, :self.pos + 1]
 
 
 class Attention(nn.Module):
@@ -294,12 +312,13 @@ class Lory(nn.Module):
 
     A layer of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `route`. In general a layer is made from a config, returns (output, routing weights)
-    from ffn(x, cache), and has active_params(). An `aux_loss` that it sets is added to the training loss.
+    from ffn(x, cache), and has active_params(). An `aux_loss` that it sets is added to the training loss. Its
+    matrices are drawn by init_weights; parameters of three dimensions must be stacked experts (E, ., .).
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
-        self.config, self.layer = config, ffn.__name__  # a checkpoint stores both
+        self.config, self.layer_name = config, ffn.__name__  # a checkpoint stores both
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ffn) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd)
@@ -314,11 +333,10 @@ class Lory(nn.Module):
         random generator of its own, seeded by (seed, name), and all experts get the same numbers. So models
         of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. While experts are equal, de_i = <dW, θ_i> is the same for all i,
-        and the softmax passes on differences only: the router learns nothing yet. And dθ_i = Σ_s e_si dW_s is
-        the same for all i as long as e is uniform: the experts would stay equal for ever. With a random
-        router each expert hears some segments louder than others do. They part, and routing begins to matter.
-        """
+        The router must not begin at zero. While experts are equal, de_si = <dW_s, θ_i> is the same for all i,
+        and the softmax passes on differences only: the router learns nothing. If e is uniform too, then
+        dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router makes
+        each expert hear some segments louder than others do. So they part, and routing begins to matter."""
         for name, p in self.named_parameters():
             if name.endswith('router.bias'):
                 p.zero_()  # the prior begins uniform
@@ -330,16 +348,16 @@ class Lory(nn.Module):
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), n_layer routing weights (B, N, E)"""
-        x, weights, L = self.embed(idx), [], idx.shape[1]  # (B, L, D)
+        x, routing, L = self.embed(idx), [], idx.shape[1]  # (B, L, D)
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x, e = block(x, rope, cache)
-            weights.append(e)
+            routing.append(e)
             if cache is not None:
                 cache.pos += L
-        return self.norm(x), weights
+        return self.norm(x), routing
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
@@ -348,7 +366,7 @@ class Lory(nn.Module):
         x, e = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
-            loss = F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
             if self.training:
                 loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
         return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
@@ -365,10 +383,11 @@ class Lory(nn.Module):
     # merge to one FFN however they are routed: the model is dense. Upcycling is to stop calling the next two.
 
     def tie_gradients(self):
-        """After backward, before clipping: each expert gets the mean of all their gradients, the router none.
+        """After backward, before clipping: each expert gets the mean of all their gradients, the router none
+        (only weight decay touches it, 4% in a default run).
 
-        The mean is dW / E. An expert hears as much just after warm-up, so Adam's averages still fit then. One
-        thing differs from a dense model: in the norm that clipping sees, dW / sqrt(E) stands for dW."""
+        The mean is dW / E. An expert hears as much just after warm-up, so Adam's averages still fit then.
+        Two things differ from a dense model: clipping sees dW / sqrt(E), Adam's epsilon stands by dW / E."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -391,7 +410,7 @@ class Lory(nn.Module):
                 try:
                     p.copy_(state[name])  # (1, in, out) fills (E, in, out)
                 except (KeyError, RuntimeError) as e:
-                    raise UserError(f'{name} does not fit this model: choose a checkpoint of its shape.') from e
+                    raise UserError(f'{name} does not fit this model: choose weights of its shape.') from e
 
     def num_params(self, active=False):
         """Parameters, or only the active ones, which one token meets."""
@@ -408,15 +427,15 @@ class Lory(nn.Module):
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)
 
-    # Generation, with one Cache (below) per layer.
+    # Generation, with one Cache per layer.
 
     @torch.no_grad()
     def prefill(self, idx, reroute=False):
-        """Read prompts (B, L), 1 <= L <= block_size, routed as `LoryFFN.prefill` says.
+        """Read prompts (B, L), 1 <= L <= block_size, routed as `LoryFFN.read_prompt` says.
         -> logits of the next token (B, V), routing weights (B, n_layer, N, E), one Cache per layer"""
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
-            raise UserError(f'a prompt has 1 to block_size={self.config.block_size} tokens, this one {L}.')
+            raise UserError(f'the prompt has {L} tokens: give it 1 to block_size={self.config.block_size}.')
         caches = [Cache(self.config.block_size, reroute) for _ in self.blocks]
         x, e = self.trunk(idx, caches)
         return self.head(x[:, -1]), torch.stack(e, 1), caches
@@ -448,44 +467,23 @@ class Lory(nn.Module):
             raise UserError(f'specialize reads one prompt, (1, L), and was given {len(idx)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
         for i, cache in enumerate(caches):
-            if cache.ffn is not None:
+            if cache.ffn:
                 state |= {f'blocks.{i}.ffn.{name}': w for name, w in zip(('gate', 'up', 'down'), cache.ffn)}
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
         return dense
 
 
-class Cache:
-    """What one layer keeps of the B equally long sequences that it is generating."""
-
-    def __init__(self, slots, reroute):
-        self.slots = slots  # tokens that attention looks back on
-        self.reroute = reroute  # merge the experts again for every segment?
-        self.pos = 0  # tokens read
-        self.k = self.v = None  # (B, nh, slots, hs), keys and values in a ring
-        self.ffn = None  # merged gate and up (B, D, H), down (B, H, D)
-        self.total = None  # (B, D), sum of the FFN's inputs in the current segment
-
-    def remember(self, k, v):
-        """Store keys and values (B, nh, L, hs), the prompt's, then a token's. -> those to attend to"""
-        if self.pos == 0:
-            self.k, self.v = (F.pad(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
-            return k, v
-        slot = self.pos % self.slots  # beyond `slots` tokens the oldest one makes room
-        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
-        return self.k[:, :, :self.pos + 1], self.v[:, :, :self.pos + 1]
-
-
 def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = at_least_float32(logits) / temperature
+    logits = logits.float() / temperature
     if top_k:
         lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < lowest, -math.inf)
     if top_p < 1:
-        # Keep the likeliest tokens until they hold top_p of the probability, and always the first.
+        # Drop a token if those likelier than it hold more than top_p of the probability.
         likely, order = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both
         drop = likely.cumsum(-1) - likely > top_p
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
@@ -499,14 +497,14 @@ def number(kind, low, below=math.inf):
     def parse(text):
         if not low <= kind(text) < below:
             limit = '' if below == math.inf else f' and below {below}'
-            raise argparse.ArgumentTypeError(f'{text} must be at least {low}{limit}')
+            raise argparse.ArgumentTypeError(f'{text} must be a finite number of at least {low}{limit}')
         return kind(text)
-    parse.__name__ = kind.__name__  # argparse calls it so where the text is no number at all
+    parse.__name__ = kind.__name__  # as in argparse's "invalid int value"
     return parse
 
 
 def boolean(text):
-    return ['false', 'true'].index(text.lower()) == 1  # argparse refuses what raises ValueError
+    return ['false', 'true'].index(text.lower()) == 1  # for other words a ValueError, as argparse wants
 
 
 def add_flag(parser, name, default, help, type=None, choices=None):
@@ -531,7 +529,7 @@ def run_script(main):
     except UserError as e:
         sentence = str(e)
     except torch.OutOfMemoryError:
-        sentence = 'out of memory: raise --gradient_accumulation_steps, or make the model smaller.'
+        sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has had enough
@@ -565,10 +563,10 @@ def atomic_open(path, mode='wb', **kw):
     except BaseException as error:
         with suppress(OSError):
             os.remove(tmp)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides a full disk
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
         if isinstance(cause, OSError):
-            raise UserError(f'cannot write {path} ({cause.strerror}), what was there is unchanged: free some '
-                            'space or choose another folder.') from error
+            raise UserError(f'cannot write {path} ({cause.strerror}), and what was there is unchanged: free '
+                            'some space or choose another folder.') from error
         raise
 
 
@@ -578,8 +576,9 @@ FORMAT = 2  # of checkpoints
 def save_checkpoint(path, model, state=None, **rest):
     """Write a Lory and the plain values in `rest` to path, atomically. `state` may bring its state dict."""
     state = model.state_dict() if state is None else state
+    config = asdict(model.config)
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, layer=model.layer, config=asdict(model.config), model=state), f)
+        torch.save(dict(rest, format=FORMAT, layer=model.layer_name, config=config, model=state), f)
 
 
 def read_checkpoint(path):
@@ -591,11 +590,12 @@ def read_checkpoint(path):
                 ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror}): choose another, or run python train.py.') from e
-    except Exception:  # not a zip archive, or not one of torch.save's
-        pass
-    if ckpt.get('format') != FORMAT:
-        raise UserError(f'{path} is damaged, or of format {ckpt.get("format")}, not {FORMAT}: choose another '
-                        'checkpoint, or train it again.')
+    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        pass  # no zip archive, or none of torch.save's
+    found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'
+    if found != FORMAT:
+        raise UserError(f'{path} is damaged or no checkpoint of format {FORMAT} (found: {found}): choose '
+                        'another, or train it again.')
     return ckpt
 
 
@@ -604,7 +604,7 @@ def load_checkpoint(path, device='cpu', build=Lory):
     `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for a layer of your own."""
     ckpt = read_checkpoint(path)
     model = build(LoryConfig(**ckpt['config']))
-    if model.layer != ckpt['layer']:
+    if model.layer_name != ckpt['layer']:
         raise UserError(f'{path} has layers of type {ckpt["layer"]}: use the script that trained it.')
     model.fill(ckpt['model'])
     return model.eval().to(device), ckpt

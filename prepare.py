@@ -1,83 +1,79 @@
 """
-From documents to training data: read, hold out, chain similar documents, tokenize, write `data/<dataset>/`.
+From documents to training data: read, hold out, chain similar documents, tokenize, write data/<dataset>/.
 
-Lory routes each segment by the segment before it, so neighbouring segments must have something to do with each other.
-Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2, App. C) therefore orders
-the documents by similarity, and so does this script. The longer segments are compared with documents, the more that adds to
-what experts gain over a dense model; for short ones it adds nothing (experiments/README.md, "Chained or shuffled?").
+    python prepare.py                                  the built-in corpus: text of the installed libraries
+    python prepare.py --input essays/ a.txt b.jsonl    your own: folders, text files, JSONL with "text"
+    python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
-    documents -> hold out whole files -> TF-IDF vectors -> drop near-duplicates -> nearest neighbours
-              -> greedy walk from neighbour to unused neighbour -> one token stream, which train.py cuts into windows
+Lory routes each segment by the segment before it, so neighbouring segments must have something to do with
+each other. Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2,
+App. C) therefore orders documents by similarity. It embeds with Contriever and searches with FAISS; TF-IDF
+and exact search, used here, need no model and no GPU, and find the same order on every machine.
 
-The paper embeds with Contriever and searches with FAISS; TF-IDF and exact search need no model and no GPU. It writes,
-little-endian and without pickle:
+    documents -> equal ones out -> hold out -> near-duplicates out -> TF-IDF vectors -> nearest neighbours
+              -> greedy walk from neighbour to unused neighbour -> one stream of tokens for train.py to cut
 
-    train.bin, val.bin            token ids, uint16 (uint32 for a large vocabulary), <|endoftext|> before each document
+    train.bin, val.bin            token ids, little-endian uint16 or uint32, documents after <|endoftext|>
     train_docs.npz, val_docs.npz  start int64 (n_docs + 1), offsets into the .bin; domain uint8 (n_docs)
-    tokenizer.json                name, pattern, special_tokens, tokens (their bytes in base64, in rank order)
-    meta.json                     written last: format, vocab_size, domains, arguments, and a sha256 of each other file
-
-    python prepare.py                                     the built-in corpus: the text of the installed libraries
-    python prepare.py --input essays/ notes.txt a.jsonl   your own: folders, text files, JSONL with "text" and "domain"
+    tokenizer.json                name, pattern, special_tokens, tokens (bytes in base64, in rank order)
+    meta.json                     format, vocab_size, domains, arguments, sizes, sha256 of each other file
 """
-import argparse
 import ast
 import base64
 import hashlib
 import heapq
 import json
 import os
+import random
 import re
 import sys
-import threading
+import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict, namedtuple
-from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import regex
-import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers, and quickly
+import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers
 
-from lory import UserError, atomic_open
+from lory import UserError, add_flag, make_parser, number, read_checkpoint, run_script
 
 FORMAT = 1              # of the dataset on disk; a reader refuses any other
+FILES = {'meta.json', 'tokenizer.json', 'train.bin', 'train_docs.npz', 'val.bin', 'val_docs.npz'}
 EOT = '<|endoftext|>'   # stands before each document
 PIECE = 4096            # characters in a piece of the built-in corpus, at most
-TWIN = 0.8              # cosine from which two documents are near-duplicates
-SHARD = 100_000         # documents compared with one another, at most
-MAX_VAL = 5_000         # held-out documents, about: more would not sharpen a figure, and all are compared with each
-LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned: all read alike
+TWIN = 0.8              # Jaccard similarity from which two documents are near-duplicates
+SHARD = 100_000         # documents chained together, at most
+MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
+MIN_VAL = 64            # bytes of a domain held out, at least; below four times that it is not measured
+LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
 DOMAINS = ['prose', 'repl', 'python', 'tests', 'cpp']  # of the built-in corpus
-Document = namedtuple('Document', 'text domain source')  # a source (a file) is held out as a whole, or not at all
+Document = namedtuple('Document', 'text domain source')  # a source is a file, or a record of a .jsonl
 Split = namedtuple('Split', 'tokens start domain')  # (n_tokens,) mapped from disk; (n_docs + 1,); (n_docs,)
 Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Splits
 
 
-def say(label, text, since=None):
-    """One aligned line of the report, with the seconds since `since`."""
-    try:
-        print((f'{label:<18} {text:<72}' + (f'{time.time() - since:7.1f} s' if since else '')).rstrip(), flush=True)
-    except OSError:  # whoever read this is gone; the work goes on
-        sys.stdout = open(os.devnull, 'w')
+def say(label, text, began=None):
+    """Print one aligned line of the report, with the seconds since the script began."""
+    seconds = f'{time.perf_counter() - began:7.1f} s' if began else ''
+    print(f'{label:<18} {text:<72}{seconds}'.rstrip(), flush=True)
 
 
 def track(label, items):
-    """Yields `items`; on a terminal, with a counter that overwrites itself."""
+    """Yield `items`; on a terminal, with a counter that overwrites itself."""
     for n, item in enumerate(items, 1):
         if sys.stderr.isatty():
-            print(f'\r{label:<18} {n:,} / {len(items):,}', end='\r' if n < len(items) else '\r\033[K', file=sys.stderr)
+            print(f'{label:<18} {n:,} / {len(items):,}', end='\033[K\r', file=sys.stderr)
         yield item
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents. The built-in corpus is cut from the pinned libraries' files, which are neither imported nor passed on.
+# --- The built-in corpus, cut from files of the pinned libraries. They are not imported, nor passed on. ---
 
 def cut(text, breaks=(r'(?<=\n\n)(?=\S)', r'(?<=\n\n)', r'(?<=\n)', '')):
-    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text (in code, the
-    end of a function); only a longer block is cut at any blank line, then any line, then anywhere."""
+    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text (in
+    code, the end of a function). A longer block is cut at any blank line, then any line, then anywhere."""
     pieces = ['']
     for block in re.split(breaks[0], text):
         for part in [block] if len(block) <= PIECE else cut(block, breaks[1:]):
@@ -96,7 +92,7 @@ def split_python(source):
         nodes += [child for field in ('body', 'orelse', 'handlers') for child in getattr(node, field, [])]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if doc := ast.get_docstring(node):
-                # A doctest goes from its prompt to the next blank line; the split alternates between, doctest, ...
+                # A doctest goes from its prompt to the next blank line. The split alternates: text, doctest.
                 parts = re.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=re.MULTILINE)
                 prose += [part.strip('\n') for part in parts[::2] if part.strip()]
                 repl += parts[1::2]
@@ -113,274 +109,359 @@ def read_builtin(mb_per_domain):
     files, docs, room = [], [], dict.fromkeys(DOMAINS, mb_per_domain * 1e6)
     for library in LIBRARIES:
         try:
-            files += [(str(f), f.locate()) for f in metadata.files(library)
-                      if f.suffix in ('.py', '.h', '.hpp', '.cuh') and '/ATen/ops/' not in str(f)]  # generated twins
+            files += [(str(f), f.locate()) for f in metadata.files(library) if '/ATen/ops/' not in str(f)
+                      and f.suffix in ('.py', '.h', '.hpp', '.cuh')]  # the former are generated
         except metadata.PackageNotFoundError:
-            print(f'note: {library} is not installed, so its text is missing; see requirements.txt')
-    # The same shuffle for everyone; salted, because a bare sha1 decides what is held out and must not correlate.
+            say('note', f'{library} is not installed, so its text is missing; see requirements.txt')
+    # The same shuffle for everyone. Salted, for the bare sha1 decides what is held out.
     files.sort(key=lambda f: hashlib.sha1(b'order of ' + f[0].encode()).digest())
     for name, path in track('reading', files):
-        with suppress(OSError, SyntaxError, ValueError, RecursionError):  # not there, not text, not this Python's
+        try:
             source = path.read_text(encoding='utf-8')
             domains = (['cpp'] if path.suffix != '.py' else
                        ['tests'] if re.search(r'(^|[/_])(test|tests|testing)[/_.]', name) else
                        ['prose', 'python', *['repl'] * ('>>> ' in source)])
             if all(room[domain] <= 0 for domain in domains):
                 continue
-            for domain, text in (split_python(source) if 'prose' in domains else {domains[0]: source}).items():
-                pieces = [piece for piece in cut(re.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
-                for piece in pieces[:4]:  # no long file dominates
-                    if room[domain] > 0:
-                        docs.append(Document(piece.strip('\n'), domain, name))
-                        room[domain] -= len(piece.encode())
+            texts = split_python(source) if 'prose' in domains else {domains[0]: source}
+        except (OSError, SyntaxError, ValueError, RecursionError):  # not there, not text, not this Python's
+            continue
+        for domain, text in texts.items():
+            pieces = [piece for piece in cut(re.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
+            for piece in pieces[:4]:  # no long file dominates
+                if room[domain] > 0:
+                    docs.append(Document(piece.strip('\n'), domain, name))
+                    room[domain] -= len(piece.encode())
+    return docs
+
+
+# --- A user's own text. ---
+
+def walk(path, seen):
+    """The files at or below `path`, but no hidden ones. Links are followed, and no folder is entered twice. A
+    dataset of ours and a folder that may not be opened are returned as they are."""
+    if not path.is_dir() or (path / 'train_docs.npz').exists() or not os.access(path, os.R_OK):
+        return [path]
+    if path.resolve() in seen:
+        return []
+    seen.add(path.resolve())
+    visible = sorted(child for child in path.iterdir() if not child.name.startswith('.'))
+    return [file for child in visible for file in walk(child, seen)]
+
+
+def read_file(path, source, domain):
+    """The Documents in one file; none if it is binary. UserError for a line of .jsonl that is no record."""
+    if not path.is_file():  # what `walk` did not open, a broken link, a pipe
+        return []
+    if path.suffix.lower() != '.jsonl':
+        text = path.read_text(encoding='utf-8-sig')
+        return [Document(text, domain, source)] if '\0' not in text else []
+    docs = []
+    with open(path, 'rb') as lines:  # bytes, since JSON strings may hold what ends a line of text
+        for i, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line) if line.strip() else {'text': ''}
+                record['text'].encode()  # fails for anything but text, half a surrogate pair too
+                label = record.get('domain')
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise UserError(f'{path}, line {i}: expected a JSON object with a string "text".') from None
+            label = domain if label in (None, '') else str(label)
+            docs.append(Document(record['text'], label, f'{source}:{i}'))
     return docs
 
 
 def read_inputs(paths):
-    """Documents from folders, text files and .jsonl files. Raises UserError for a path or a JSONL line that is none."""
-    files, docs, binary, empty = [], [], 0, 0
+    """Documents from folders, text files and .jsonl files. A domain is what a record says, or a first-level
+    subfolder, or an input."""
     for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f'--input {path!r} does not exist; check the path.')
+    roots = {Path(path).resolve(): path for path in paths}
+    if len({root.name for root in roots}) == len(roots):  # otherwise inputs go by their paths as given
+        roots = {root: root.name for root in roots}
+    files, seen, docs, skipped = [], set(), [], []
+    for root, name in roots.items():
+        for path in walk(root, seen):
+            inside = path.relative_to(root).parts
+            files.append((path, '/'.join((name, *inside)), inside[0] if len(inside) > 1 else name))
+    for path, source, domain in track('reading', files):
         try:
-            root = Path(path or '\0').resolve(strict=True)  # an empty path would mean the current folder
-        except (OSError, RuntimeError, ValueError):  # not there, a loop of links, not a path
-            raise UserError(f'--input {path!r} does not exist; check the path.') from None
-        for file in [root] if root.is_file() else sorted(root.rglob('*')):  # sorted: disks differ in their order
-            inside = file.relative_to(root).parts
-            if file.is_file() and not any(part.startswith('.') for part in inside):  # nothing hidden, such as .git
-                files.append((file, '/'.join((root.name, *inside)), inside[0] if len(inside) > 1 else root.stem))
-    for file, source, domain in track('reading', files):
-        try:
-            text = file.read_text(encoding='utf-8-sig')
-        except (UnicodeDecodeError, OSError):
-            text = '\0'
-        found = [Document(text, domain, source)]
-        if '\0' in text:
-            found, binary = [], binary + 1
-        elif file.suffix.lower() == '.jsonl':
+            found = [doc for doc in read_file(path, source, domain) if doc.text.strip()]
+        except (OSError, UnicodeDecodeError):
             found = []
-            for i, line in enumerate(text.split('\n'), 1):  # splitlines would also break inside JSON strings
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                    record['text'].encode()  # fails for anything but text, lone surrogates too
-                    label = str(record.get('domain') or domain)
-                    found.append(Document(record['text'], label, f'{source}:{i}'))
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                    raise UserError(f'{file}, line {i}: expected a JSON object with a string "text".') from None
-        elif len(files) == 1:  # most likely a whole corpus, such as all of Shakespeare, and not one document
-            found = [Document(piece, domain, f'{source}:{i}') for i, piece in enumerate(cut(text))]
-        # Domains stand in log lines and legends: no line breaks, no half characters, no leading underscore.
-        docs += [doc._replace(domain=re.sub(r'[^\w.+ -]', '', doc.domain).strip('_ ')[:40] or 'text')
-                 for doc in found if doc.text.strip()]
-        empty += sum(not doc.text.strip() for doc in found)
-    if binary or empty:
-        say('skipped', f'{binary:,} binary or unreadable files, {empty:,} empty documents')
-    return docs
+        docs += found
+        skipped += [] if found else [source]
+    if skipped:
+        more = ', ...' if len(skipped) > 5 else ''
+        say('skipped', f'{len(skipped):,} files, empty or not UTF-8 text: {", ".join(skipped[:5])}{more}')
+    # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
+    # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
+    odd = re.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
+    return [doc._replace(domain=odd.sub(lambda c: f'<{ord(c[0]):x}>', doc.domain)) for doc in docs]
+
+
+# --- What is held out, and which documents count as the same. ---
+
+def unique(docs):
+    """Of texts that are equal but for white space the first stays. -> Documents, [(copy, original), ...]"""
+    first, copies = {}, []
+    for doc in docs:
+        original = first.setdefault(hashlib.sha1(' '.join(doc.text.split()).encode()).digest(), doc)
+        copies += [(doc, original)] if original is not doc else []
+    return list(first.values()), copies
 
 
 def hold_out(docs, val_fraction):
-    """(validation, training) Documents. Whole sources are held out, by the sha1 of their name: whatever the seed, and
-    text from one file never stands on both sides."""
-    sources = defaultdict(set)  # of each domain, and of all
-    for doc in docs:
-        sources[doc.domain].add(doc.source)
-        sources[None].add(doc.source)
-    share = {name: int(hashlib.sha1(os.fsencode(name)).hexdigest(), 16) / 2**160 for name in sources[None]}  # in [0, 1)
-    held = {name for name in share if share[name] < min(val_fraction, MAX_VAL / len(docs))}
-    for group in sources.values():
-        if len(group) > 1 and not group & held:  # a domain that has a source to spare does not go unmeasured
-            held.add(min(group, key=share.get))
+    """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
+
+    Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
+    Only where all sources of a domain are too large for that, the tail of one is held out."""
+    docs, sources = list(docs), defaultdict(lambda: defaultdict(list))
+    size = [len(doc.text.encode()) for doc in docs]
+    for i, doc in enumerate(docs):
+        sources[doc.domain][doc.source].append(i)
+    share, held = min(val_fraction, MAX_VAL / sum(size)), set()
+    for domain in sorted(sources):
+        total = {source: sum(size[i] for i in numbers) for source, numbers in sources[domain].items()}
+        whole = sum(total.values())
+        goal = max(share * whole, MIN_VAL) if whole >= 4 * MIN_VAL else 0
+        room = goal - sum(total[source] for source in held & total.keys())  # files may serve several domains
+        order = sorted(total.keys() - held, key=lambda source: hashlib.sha1(os.fsencode(source)).digest())
+        for source in order:
+            if total[source] <= room:
+                held.add(source)
+                room -= total[source]
+        if room > goal / 2 and not held.issuperset(order):
+            source = next(source for source in order if source not in held)
+            i = sources[domain][source][-1]
+            head, tail = cut_tail(docs[i].text, int(min(room, size[i] - 1)))
+            docs[i] = docs[i]._replace(text=head)
+            docs.append(Document(tail, domain, f'end of {source}'))
+            held.add(docs[-1].source)
+    docs = [doc for doc in docs if doc.text.strip()]
     return [doc for doc in docs if doc.source in held], [doc for doc in docs if doc.source not in held]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Similarity (Sec. 3.2, App. C): documents as vectors, near-duplicates out, nearest neighbours, one walk through all.
+def cut_tail(text, n_bytes):
+    """-> head, tail, which join to `text`. The tail has `n_bytes`, less where a line begins soon."""
+    at = len(text.encode()[:-n_bytes].decode(errors='ignore'))
+    at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at
+    return text[:at], text[at:]
 
-WORD = regex.compile(r'\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{Han}|\p{L}+')  # parts camelCase and snake_case, and Han signs
+
+def ngrams(text):
+    """The set of a text's 9-grams of characters, white space collapsed: sorted hashes (n,) uint64. A text of
+    less than 50 characters is its only element, so equality counts; so is, for memory, one of ten million."""
+    text = ' '.join(text.split())
+    if not 50 <= len(text) <= 10_000_000:
+        return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
+    code = np.frombuffer(text.encode('utf-32-le'), '<u4').astype(np.uint64)
+    grams = np.zeros(len(code) - 8, np.uint64)
+    for i in range(9):
+        grams = (grams ^ code[i:i + len(grams)]) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
+        grams ^= grams >> np.uint64(32)  # the high bits of a product are the well mixed ones
+    grams.sort()
+    return grams[np.append(True, grams[1:] != grams[:-1])]  # np.unique takes thrice as long
+
+
+def near_duplicates(docs, n_held):
+    """The first `n_held` documents are held out and stay; what resembles one of them goes. Of others that
+    resemble each other the first stays. -> {number of a document to drop: number of its twin}
+
+    The texts decide: Jaccard similarity of their 9-grams. MinHash proposes: the first hash after a fixed
+    point is the same in two sets as often as their similarity says. At similarity 0.8 two documents share
+    13 of 32 bands of four such hashes, at 0.2 none. A band remembers eight documents, so time and memory
+    grow with their number only, however alike they are."""
+    points, bands = np.arange(128, dtype=np.uint64) << np.uint64(57), np.empty((len(docs), 32), np.uint64)
+    for i, doc in enumerate(track('near-duplicates', docs)):
+        grams = ngrams(doc.text)
+        bands[i] = grams.take(np.searchsorted(grams, points), mode='wrap').reshape(32, 4).sum(1)
+    ordered = np.sort(bands, axis=None)
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    members, twins = defaultdict(list), {}
+    for i, row in enumerate(bands):
+        shared = [band for band in row.tolist() if band in repeated]
+        likely = Counter(j for band in shared for j in members[band]).most_common(8) if i >= n_held else []
+        grams = ngrams(docs[i].text) if likely else None
+        for j, _ in likely:
+            others = ngrams(docs[j].text)
+            both = len(np.intersect1d(grams, others, assume_unique=True))
+            if both / (len(grams) + len(others) - both) >= TWIN:
+                twins[i] = min(j, twins.get(i, j))  # a held-out one if there is one
+        for band in shared if i not in twins else []:
+            members[band] += [i] if len(members[band]) < 8 else []
+    return twins
+
+
+# --- Similarity (Sec. 3.2, App. C): documents as vectors, nearest neighbours, one walk through all. ---
+
+WORD = regex.compile(r'\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{Han}|\p{L}+')  # parts camelCase, Chinese into signs
 
 
 def embed(texts):
-    """TF-IDF vectors of length 1 (or 0), a sparse float32 matrix (n_docs, n_terms)."""
+    """TF-IDF vectors of length 1 (or 0), a sparse matrix (n_docs, n_terms). Weights are multiples of 2^-16:
+    float64 holds their products and sums exactly, so every machine finds the same neighbours and ties."""
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
-    # A term in one document relates it to none, a term in over 5% (in a small collection: over 100) relates too many.
-    tfidf = TfidfVectorizer(analyzer=lambda text: [word.lower() for word in WORD.findall(text)], sublinear_tf=True,
-                            min_df=2, max_df=max(100, len(texts) // 20), dtype=np.float32)
+    # A term in one document relates it to none. One in over 5% (and over 100) of them says too little.
+    tfidf = TfidfVectorizer(analyzer=lambda text: [word.lower() for word in WORD.findall(text)],
+                            sublinear_tf=True, min_df=2, max_df=max(100, len(texts) // 20))
     try:
-        return tfidf.fit_transform(texts)
+        X = tfidf.fit_transform(texts)
     except ValueError:  # no term is left: these documents share no word
-        return csr_matrix((len(texts), 1), dtype=np.float32)
-
-
-def distinct(X, V):
-    """(rows of X to keep, twins of V dropped, twins within X dropped): what resembles a held-out document V leaves the
-    training data X, then of training documents that resemble each other the first one stays. Exact."""
-    def twins(Y):  # pairs of a row of X and a row of Y
-        YT = Y.T.tocsr()
-        for a in track('near-duplicates', range(0, X.shape[0], 512)):
-            close = (X[a:a + 512] @ YT >= TWIN).tocoo()  # (512, len(Y)), sparse
-            yield from sorted(zip((a + close.row).tolist(), close.col.tolist()))
-
-    leaked = {i for i, _ in twins(V)}
-    dropped = set(leaked)
-    for i, j in twins(X):
-        if i < j and i not in dropped:  # i comes in order, so its own fate is settled
-            dropped.add(j)
-    return [i for i in range(X.shape[0]) if i not in dropped], len(leaked), len(dropped) - len(leaked)
+        return csr_matrix((len(texts), 1))
+    X.data = np.round(X.data * 2**16) / 2**16
+    X.eliminate_zeros()
+    return X
 
 
 def nearest(X, k):
-    """The min(k, n_docs - 1) documents of highest cosine to each, best first, never itself: (n_docs, k). Exact."""
-    import sklearn
-    from sklearn.neighbors import NearestNeighbors
-    k, rows = min(k, X.shape[0] - 1), []
-    index = NearestNeighbors(n_neighbors=k + 1, metric='cosine', algorithm='brute').fit(X)
-    for a in track('neighbours', range(0, X.shape[0], 2048)):
-        with sklearn.config_context(working_memory=128):  # MB for a block of distances
-            distance, neighbour = index.kneighbors(X[a:a + 2048])  # (2048, k + 1) both: k others and itself
-        distance[neighbour == np.arange(a, a + len(neighbour))[:, None]] = np.inf
-        best = np.lexsort((neighbour, distance.round(6)), axis=1)[:, :k]  # rounded: machines differ in the last digits
-        rows.append(np.take_along_axis(neighbour, best, axis=1))
-    return np.concatenate(rows)
+    """For each document the others of highest cosine: at most k, best first, of equals the first, none of
+    cosine 0. Exact. -> n_docs lists"""
+    XT, lists, n_docs = X.T.tocsr(), [], X.shape[0]
+    n_rows = max(1, 10_000_000 // max(1, n_docs))  # of a block, which takes 120 MB at most
+    for start in track('neighbours', range(0, n_docs, n_rows)):
+        block = X[start:start + n_rows] @ XT  # (n_rows, n_docs), sparse: what is not stored is 0
+        for i, (a, b) in enumerate(zip(block.indptr, block.indptr[1:]), start):
+            column, cosine = block.indices[a:b], np.where(block.indices[a:b] == i, 0, block.data[a:b])
+            kth = np.partition(cosine, -k)[-k] if len(cosine) > k else 0
+            near = np.flatnonzero((cosine >= kth) & (cosine > 0))  # with all that tie with the k-th
+            lists.append(column[near[np.lexsort((column[near], -cosine[near]))]][:k].tolist())
+    return lists
 
 
 def chain(neighbours, rng):
-    """The greedy walk: from each document to its most similar neighbour not yet used; when all are used, on to a random
-    unused document. Within a document a segment resembles the one that routes it anyway; the walk makes it so across joints.
-    neighbours (n_docs, k), best first -> (order (n_docs,), number of restarts)."""
-    neighbours, starts = neighbours.tolist(), rng.permutation(len(neighbours)).tolist()
+    """The greedy walk: from a document to its most similar neighbour not yet used; when all are used, to a
+    random unused document. Within a document a segment resembles the one that routes it anyway; the walk
+    makes it so across joints. n_docs lists, best first -> order (n_docs,), number of restarts"""
     order, used, restarts = [], set(), -1  # the first start is no restart
-    for start in starts:
+    for start in rng.permutation(len(neighbours)).tolist():
         here = start
         restarts += start not in used
         while here not in used:
             order.append(here)
             used.add(here)
             here = next((j for j in neighbours[here] if j not in used), here)
-    return np.array(order), restarts
+    return np.array(order, int), restarts
 
 
-def order_training(train, val, args):
-    """Training Documents in the order they are written. Reports what was dropped and how alike adjacent ones are.
+def arrange(docs, order, k, seed):
+    """-> Documents in the order they are written, number of restarts, mean cosine of adjacent ones: here, and
+    shuffled (2,)
 
-    Comparing all with all takes quadratic time. Above SHARD documents they are cut, in reading order, into equal
-    shards, deduplicated and chained one by one: time grows linearly and the memory beside the text stays below 1 GB.
-    The held-out documents are compared with every shard."""
-    result, dropped, restarts, cosine, began = [], np.zeros(2, int), 0, np.zeros(2), time.time()
-    shards = np.array_split(np.arange(len(train)), -(-len(train) // SHARD) or 1)
+    Comparing all with all takes quadratic time. Above SHARD documents they are cut, as they were read, into
+    equal shards that are chained in turn: time grows linearly, memory beside the text stays below 1 GB."""
+    result, restarts, cosine = [], 0, np.zeros(2)
+    shards = np.array_split(np.arange(len(docs)), -(-len(docs) // SHARD) or 1)
     for s, shard in enumerate(shards):
-        X = embed([doc.text for doc in val + [train[i] for i in shard]])  # (n_val + n_shard, n_terms)
-        keep, *twins = distinct(X[len(val):], X[:len(val)])
-        dropped += twins
-        if keep:
-            X, rng = X[len(val):][keep], np.random.default_rng([args.seed, s])
-            shuffled = rng.permutation(len(keep))
-            order, jumps = chain(nearest(X, args.n_neighbors), rng) if args.order == 'similar' else (shuffled, 0)
-            restarts += jumps
-            cosine += [X[o[:-1]].multiply(X[o[1:]]).sum() for o in (order, shuffled)]  # X has rows of length 1
-            result += [train[shard[keep[i]]] for i in order]
-    say('near-duplicates', f'dropped {dropped[0]:,} of held-out documents, {dropped[1]:,} of other training documents')
-    say('order', f'{args.order}, {len(result):,} documents, {len(shards)} shard(s), {restarts:,} restarts', began)
-    cosine /= max(1, len(result) - len(shards))
-    say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
-    return result
+        X, rng = embed([docs[i].text for i in shard]), np.random.default_rng([*seed, s])
+        shuffled = rng.permutation(len(shard))
+        walked, jumps = chain(nearest(X, k), rng) if order == 'similar' else (shuffled, 0)
+        result += [docs[i] for i in shard[walked]]
+        restarts += jumps
+        cosine += [X[o[:-1]].multiply(X[o[1:]]).sum() for o in (walked, shuffled)]
+    return result, restarts, cosine / max(1, len(docs) - len(shards))
 
 
-def order_validation(val, domains, args):
-    """Validation Documents domain by domain, so that each domain's loss is measured on its own text alone, and chained
-    within each. The same for every --order, so that both are judged on the same text."""
-    result = []
-    for d, domain in enumerate(domains):
-        docs = [doc for doc in val if doc.domain == domain]
-        if docs:
-            neighbours = nearest(embed([doc.text for doc in docs]), args.n_neighbors)
-            result += [docs[i] for i in chain(neighbours, np.random.default_rng([args.seed, d]))[0]]
-    return result
+# --- Tokenizer: byte-level BPE. 256 bytes can write any text; frequent pairs become tokens too. ---
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizer: byte-level BPE. It starts from the 256 bytes, so any text can be written, and adds the most frequent pairs.
-
-# What a token may span: a word with the space before it, up to three digits, a run of signs, a run of blanks but for
-# the last one, which joins the word that follows. The shape of GPT-2's pattern.
+# What a token may span: a word with the space before it, up to three digits, a run of signs, a run of blanks
+# but for the last one, which joins the word that follows. The shape of GPT-2's pattern.
 PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
-def train_bpe(texts, n_tokens):
-    """Up to `n_tokens` tokens (bytes) in rank order: the 256 bytes, then one for each merge of the most frequent pair;
-    of equal pairs the first in byte order. Fewer when no pair is left that occurs twice.
+def in_parts(text):
+    """tiktoken's regex engine overflows on a run of a million blanks; a joint between parts costs a merge."""
+    return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
 
-    A merge changes the counts of a few pairs only. A pair whose count grows is pushed onto the heap again; an entry
-    whose count has shrunk is noticed when it comes up, and put back where it belongs."""
-    counts = Counter()
-    for text in texts[::-(-sum(map(len, texts)) // 50_000_000) or 1]:  # evenly spaced texts of at most 50 MB in all
-        counts.update(regex.findall(PATTERN, text))
-    counts = {word: n for word, n in counts.items() if len(word) <= 100}  # endless runs are slow and teach nothing
-    words = [[bytes([b]) for b in word.encode()] for word in counts]  # each a list of its tokens so far
-    number = list(counts.values())  # how often each word occurs
-    tokens = {bytes([b]): b for b in range(256)}
-    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> the words that hold it
+
+def train_bpe(texts, n_tokens):
+    """Up to `n_tokens` tokens (bytes) in rank order: the 256 bytes, then one for each merge of the most
+    frequent pair; of equal pairs the first in byte order. Fewer when no pair is left that occurs twice.
+
+    A word is a string with one character for each token, so str.split finds a pair. A merge changes the
+    counts of a few pairs only. A pair whose count grows is pushed onto the heap again; an entry whose count
+    has shrunk is noticed when it comes up, and put back where it belongs."""
+    parts, counts, room = [part for text in texts for part in in_parts(text)], Counter(), 500 * n_tokens
+    random.Random(0).shuffle(parts)
+    for part in track('tokenizer', parts):
+        found = [word for word in regex.findall(PATTERN, part) if len(word) <= 100]  # endless: no use
+        room -= sum(len(word.encode()) for word in set(found) if word not in counts)
+        counts.update(found)
+        # Text without blanks has clauses for words, nearly all of them new. To read on would take long, and
+        # not change which pairs are frequent. English has as many different words in some 30 MB.
+        if room < 0:
+            break
+    words, times = [word.encode().decode('latin-1') for word in counts], list(counts.values())
+    tokens = {bytes([b]): chr(b) for b in range(256)}  # token -> its character
+    spelled = {c: token for token, c in tokens.items()}
+    pairs, where = defaultdict(int), defaultdict(list)  # pair -> its count, pair -> the words that hold it
     for w, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += number[w]
-            where[pair].add(w)
-    heap = [(-count, pair) for pair, count in pairs.items()]
+        for a, b in zip(word, word[1:]):
+            pairs[a + b] += times[w]
+            where[a + b].append(w)
+
+    def entry(pair):
+        return -pairs[pair], spelled[pair[0]], spelled[pair[1]], pair
+
+    heap = [entry(pair) for pair in pairs]
     heapq.heapify(heap)
+    progress = track('tokenizer', range(256, n_tokens))
     while heap and heap[0][0] <= -2 and len(tokens) < n_tokens:
-        count, pair = heapq.heappop(heap)
+        count, left, right, pair = heapq.heappop(heap)
         if -count != pairs[pair]:
-            heapq.heappush(heap, (-pairs[pair], pair))
+            heapq.heappush(heap, entry(pair))
             continue
-        tokens.setdefault(pair[0] + pair[1], len(tokens))
-        change = Counter()
+        next(progress, None)
+        a, b = pair
+        c = tokens.setdefault(left + right, chr(len(tokens)))
+        spelled[c] = left + right
+        change = defaultdict(int)
         for w in where.pop(pair):
-            old, new = words[w], []
-            for token in old:
-                if new and (new[-1], token) == pair:
-                    new[-1] += token
-                else:
-                    new.append(token)
-            words[w] = new
-            for gone in zip(old, old[1:]):
-                change[gone] -= number[w]
-            for made in zip(new, new[1:]):
-                change[made] += number[w]
-                where[made].add(w)
+            pieces = words[w].split(pair)
+            words[w] = c.join(pieces)
+            for p, piece in enumerate(pieces):  # with its neighbours, halves of ab and then whole c
+                old = b * (p > 0) + piece + a * (p < len(pieces) - 1)
+                new = c * (p > 0) + piece + c * (p < len(pieces) - 1)
+                for gone, made in {(old[:2], new[:2]), (old[-2:], new[-2:])}:  # once if it is the same place
+                    if gone != made and len(gone) == 2:
+                        change[gone] -= times[w]
+                        change[made] += times[w]
+                        where[made].append(w)
+        change[pair] = -pairs[pair]  # none is left, and none of those that overlap, as in aaa
         for other, by in change.items():
             pairs[other] += by
             if by > 0:
-                heapq.heappush(heap, (-pairs[other], other))
+                heapq.heappush(heap, entry(other))
     return list(tokens)
 
 
-def fetch_encoding(name, patience=60):
-    """tiktoken's encoding of that name. UserError if there is none or it cannot be had within `patience` seconds."""
-    if name not in (names := tiktoken.list_encoding_names()):
-        raise UserError(f'--tokenizer={name} is not known; choose bpe, byte or one of {", ".join(names)}.')
-    got = []
-
-    def fetch():  # may download, and then has no time limit of its own; as a thread it can be left behind
-        with suppress(Exception):
-            got.append(tiktoken.get_encoding(name))
-
-    (thread := threading.Thread(target=fetch, daemon=True)).start()
-    thread.join(patience)
-    if not got:
-        raise UserError(f'the vocabulary of {name} could not be downloaded; --tokenizer=bpe needs no network.')
-    return got[0]
-
-
-def make_tokenizer(name, vocab_size, texts):
-    """The content of tokenizer.json. `vocab_size` (with <|endoftext|>) and the training `texts` matter to bpe only."""
+def make_tokenizer(name, vocab_size=0, texts=()):
+    """The content of tokenizer.json. `name` is bpe, trained on `texts`; byte; one that tiktoken knows; or a
+    file: a checkpoint or a tokenizer.json."""
+    if os.path.isfile(name):
+        try:
+            d = json.loads(Path(name).read_bytes()) if name.endswith('.json') else read_checkpoint(name)
+            d = d.get('tokenizer', d)
+            load_tokenizer(d), d['special_tokens'][EOT]
+            return d
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+            raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
         pattern, special = PATTERN, {EOT: len(tokens)}
-    else:
-        encoding = fetch_encoding(name)  # its underscored attributes are tiktoken's documented way to extend it
+    elif name in tiktoken.list_encoding_names():
+        try:
+            encoding = tiktoken.get_encoding(name)  # downloads, unless it has before
+        except (OSError, ValueError):  # no network, or not the file that was expected
+            raise UserError(f'{name} could not be downloaded; --tokenizer=bpe needs no network.') from None
+        # Its underscored attributes are tiktoken's documented way to extend it.
         pattern, special, ranks = encoding._pat_str, encoding._special_tokens, encoding._mergeable_ranks
         byte_of = {rank: token for token, rank in ranks.items()}
         tokens = [byte_of.get(rank, b'') for rank in range(max(byte_of) + 1)]  # p50k has a gap in its ranks
+    else:
+        raise UserError(f'--tokenizer={name} is not known; choose bpe, byte, a file or one of '
+                        f'{", ".join(tiktoken.list_encoding_names())}.')
     return {'name': name, 'pattern': pattern, 'special_tokens': special,
             'tokens': [base64.b64encode(token).decode() for token in tokens]}
 
@@ -388,23 +469,22 @@ def make_tokenizer(name, vocab_size, texts):
 def load_tokenizer(d):
     """The tiktoken.Encoding of a parsed tokenizer.json. No file, no network, no cache."""
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(d['tokens']) if token}
-    return tiktoken.Encoding(d['name'], pat_str=d['pattern'], mergeable_ranks=ranks, special_tokens=d['special_tokens'])
+    return tiktoken.Encoding(d['name'], pat_str=d['pattern'], mergeable_ranks=ranks,
+                             special_tokens=d['special_tokens'])
 
 
-def token_bytes(tokenizer):
-    """Bytes of each token id of a parsed tokenizer.json, 0 for special tokens: a list of vocab_size."""
-    size = [len(base64.b64decode(token)) for token in tokenizer['tokens']]
-    return size + [0] * (1 + max(tokenizer['special_tokens'].values()) - len(size))
+def token_bytes(d):
+    """The number of bytes of each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
+    sizes = [len(base64.b64decode(token)) for token in d['tokens']]
+    return sizes + [0] * (max(d['special_tokens'].values()) + 1 - len(sizes))
 
 
 def encode(encoding, text):
-    """Token ids of `text`, in which <|endoftext|> means nothing special. tiktoken's regex engine overflows on a run of
-    a million blanks, so long texts go in parts, which costs nothing but a merge at each joint."""
-    return [token for a in range(0, len(text), 100_000) for token in encoding.encode_ordinary(text[a:a + 100_000])]
+    """Token ids of `text`, in which <|endoftext|> means nothing special."""
+    return [token for part in in_parts(text) for token in encoding.encode_ordinary(part)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The dataset on disk: written whole or not at all, and refused unless whole.
+# --- The dataset on disk: written whole or not at all, and refused unless whole. ---
 
 def sha256(path):
     with open(path, 'rb') as f:
@@ -412,151 +492,156 @@ def sha256(path):
 
 
 def save_dataset(path, splits, tokenizer, meta):
-    """Writes `splits` {'train': Documents, 'val': Documents} into the folder `path`; returns meta, completed.
+    """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
-    The old files stand until all new ones are on disk. Then each is renamed into place, meta.json last. Interrupted
-    there, the checksums in the old meta.json do not fit the new files, and the reader refuses."""
+    All files go to a new folder beside it, which then takes its place: a crash leaves the old dataset, the
+    new one or none, never a mixture, and two processes that write the same dataset do not meet."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path = path.resolve()  # the folder itself, where `path` is a link
+        with tempfile.TemporaryDirectory(prefix='.new-', dir=path.parent) as scratch:
+            new = Path(scratch, 'new')
+            new.mkdir()
+            (new / 'tokenizer.json').write_text(json.dumps(tokenizer))
+            for split, docs in splits.items():
+                start = np.zeros(len(docs) + 1, '<i8')
+                with open(new / f'{split}.bin', 'wb') as f:
+                    for i, doc in enumerate(track(f'{split}.bin', docs)):
+                        f.write(np.array([eot], dtype))
+                        for part in in_parts(doc.text):
+                            f.write(np.array(encoding.encode_ordinary(part), dtype))
+                        start[i + 1] = f.tell() // dtype.itemsize
+                domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
+                np.savez(new / f'{split}_docs.npz', start=start, domain=domain)
+                meta[split] = {'tokens': int(start[-1]), 'documents': len(docs),
+                               'bytes': sum(len(doc.text.encode()) for doc in docs)}
+            meta['sha256'] = {file.name: sha256(file) for file in sorted(new.iterdir())}
+            (new / 'meta.json').write_text(json.dumps(meta, indent=1))
+            for file in new.iterdir():  # a full disk must show before the old dataset goes
+                with open(file, 'rb+') as f:
+                    os.fsync(f.fileno())
+            if path.exists():
+                os.rename(path, Path(scratch, 'old'))
+            os.rename(new, path)
     except OSError as e:
-        raise UserError(f'cannot make the folder {path} ({e.strerror}); choose another --dataset.') from None
-    names = ['meta.json', 'tokenizer.json', 'train.bin', 'train_docs.npz', 'val.bin', 'val_docs.npz']
-    with ExitStack() as stack:  # leaves its files in reverse, so meta.json is renamed last
-        files = {name: stack.enter_context(atomic_open(path / name)) for name in names}
-        files['tokenizer.json'].write(json.dumps(tokenizer).encode())
-        for split, docs in splits.items():
-            start = np.zeros(len(docs) + 1, '<i8')
-            for i, doc in track(f'{split}.bin', list(enumerate(docs))):
-                tokens = np.array([eot] + encode(encoding, doc.text), dtype)
-                files[f'{split}.bin'].write(tokens.tobytes())
-                start[i + 1] = start[i] + len(tokens)
-            domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
-            np.savez(files[f'{split}_docs.npz'], start=start, domain=domain)
-            meta[split] = {'tokens': int(start[-1]), 'documents': len(docs),
-                           'bytes': sum(len(doc.text.encode()) for doc in docs)}
-        meta['sha256'] = {}
-        for name in names[1:]:
-            files[name].flush()
-            meta['sha256'][name] = sha256(files[name].name)
-        files['meta.json'].write(json.dumps(meta, indent=1).encode())
-        for file in files.values():  # a full disk must show before the first rename
-            file.flush()
-            os.fsync(file.fileno())
+        raise UserError(f'cannot write {path} ({e.strerror}), what was there is unchanged: free some space '
+                        'or choose another --dataset.') from None
     return meta
 
 
 def load_dataset(path, block_size):
-    """The Dataset in the folder `path`. UserError unless every file is the one that meta.json describes, all token ids
-    are in the vocabulary, and each split holds block_size + 1 tokens."""
-    path, splits, cure = Path(path), [], f'run prepare.py with --dataset={Path(path).name} again.'
-    if not path.exists():
-        raise UserError(f'there is no dataset in {path}; make it with prepare.py and --dataset={path.name}, or go to the folder '
-                        'that holds data/.')
+    """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says, and
+    each split block_size + 1 tokens."""
+    path, splits = Path(path), []
+    cure = f'make it with prepare.py and --dataset={path.name}, in the folder that holds data/.'
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:
             raise UserError(f'{path} has data format {meta["format"]}, this is format {FORMAT}; {cure}')
         for name, checksum in meta['sha256'].items():
             if sha256(path / name) != checksum:
-                raise UserError(f'{path / name} is truncated or changed: its checksum is not that in meta.json; {cure}')
-        _ = [meta[s]['tokens'] for s in ('train', 'val')], np.dtype(meta['dtype']), meta['vocab_size'], meta['domains']
+                raise UserError(f'{path / name} is not the file that meta.json has the checksum of; {cure}')
+        for split in ('train', 'val'):
+            tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
+            if len(tokens) <= block_size:
+                raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
+                                f'--block_size={block_size}: lower it or add text.')
+            docs = np.load(path / f'{split}_docs.npz')
+            splits.append(Split(tokens, docs['start'], docs['domain']))
     except OSError as e:
-        raise UserError(f'{e.filename} cannot be read ({e.strerror}), so the dataset is incomplete; {cure}') from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f'no dataset: {e.filename} cannot be read ({e.strerror}); {cure}') from None
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f'{path}/meta.json is damaged; {cure}') from None
-    for split in ('train', 'val'):
-        n, file = meta[split]['tokens'], path / f'{split}.bin'
-        if n < block_size + 1:
-            raise UserError(f'{file} has {n} tokens, too few for --block_size={block_size}: lower it or add text.')
-        tokens = np.memmap(file, np.dtype(meta['dtype']).newbyteorder('<'), 'r', shape=(n,))
-        if max(tokens[a:a + 2**24].max() for a in range(0, n, 2**24)) >= meta['vocab_size']:
-            raise UserError(f'{file} has token ids outside the vocabulary of {meta["vocab_size"]}; {cure}')
-        docs = np.load(path / f'{split}_docs.npz')
-        splits.append(Split(tokens, docs['start'], docs['domain']))
     return Dataset(meta, json.loads((path / 'tokenizer.json').read_bytes()), *splits)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --- The script. ---
 
-def one_domain_share(lengths, domain, window=1024):
-    """Share of the non-overlapping windows that lie within one domain. lengths, domain (n_docs,)."""
-    n = lengths.sum() // window
-    labels = np.repeat(domain, lengths)[:n * window].reshape(n, window)  # the domain of each token
-    return (labels == labels[:, :1]).all(1).mean() if n else 1.0
+def flags():
+    parser = make_parser(__doc__)
+    parser.add_argument('--input', nargs='+', metavar='PATH', help='folders, whose first-level subfolders '
+                        'are domains; text files; .jsonl with "text", "domain" (default: built-in corpus)')
+    add_flag(parser, 'dataset', '', 'folder in data/ to write; empty: builtin, or the first input\'s name')
+    add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one that tiktoken knows, '
+             'such as gpt2, which it downloads; or a checkpoint or tokenizer.json, to use the same')
+    add_flag(parser, 'vocab_size', 2048, 'tokens of bpe, <|endoftext|> included', number(int, 257, 10**6))
+    add_flag(parser, 'order', 'similar', 'order of the training documents', choices=['similar', 'random'])
+    add_flag(parser, 'n_neighbors', 32, 'neighbours that may follow a document', number(int, 1))
+    add_flag(parser, 'val_fraction', 0.05, 'share of each domain to hold out', number(float, 1e-6, 1))
+    add_flag(parser, 'mb_per_domain', 5.0, 'MB of each domain of the built-in corpus', number(float, 1e-6))
+    add_flag(parser, 'seed', 1337, 'of the walk and the shuffle, not of what is held out', number(int, 0))
+    return parser
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='Prepares data/<dataset>/ for train.py.', allow_abbrev=False,
-                                     usage='python prepare.py [--input PATH ...] [--flag=value ...]; see --help',
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = parser.add_argument
-    flag('--dataset', help='folder in data/ for the result; None: builtin, or the name of the first input')
-    flag('--input', nargs='+', metavar='PATH', help='folders (first-level subfolders are the domains), text files, '
-         '.jsonl with "text" and perhaps "domain"; a lone text file is cut at blank lines; None: the built-in corpus')
-    flag('--tokenizer', default='bpe', help='bpe, trained on (up to 50 MB of) the training text; byte; or a name that '
-         'tiktoken knows, such as gpt2, which it downloads')
-    flag('--vocab_size', type=int, default=2048, help='tokens of bpe, <|endoftext|> included')
-    flag('--order', default='similar', choices=['similar', 'random'], help='order of the training documents')
-    flag('--n_neighbors', type=int, default=32, help='neighbours that may follow a document')
-    flag('--val_fraction', type=float, default=0.05, help='share of the source files that is held out')
-    flag('--mb_per_domain', type=float, default=5.0, help='MB of each domain of the built-in corpus, at most')
-    flag('--seed', type=int, default=1337, help='of the walk and the shuffle; what is held out does not depend on it')
-    args, began = parser.parse_args(argv), time.time()
-    if not (args.vocab_size > 256 and args.n_neighbors > 0 and args.seed >= 0 and 0 < args.val_fraction < 1
-            and args.mb_per_domain > 0):
-        raise UserError('--vocab_size must be above 256, --n_neighbors and --mb_per_domain above 0, --val_fraction '
-                        'between 0 and 1, --seed not negative.')
-    if args.tokenizer not in ('bpe', 'byte'):
-        fetch_encoding(args.tokenizer)  # a failure should come before the work
+    args, began = flags().parse_args(argv), time.perf_counter()
     args.dataset = args.dataset or (Path(os.path.abspath(args.input[0])).stem if args.input else 'builtin')
-    if Path(args.dataset).name != args.dataset or args.dataset in ('', '..'):
+    path = Path('data', args.dataset)
+    if path.name != args.dataset or args.dataset == '..':
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
+    if path.exists():
+        foreign = sorted(set(os.listdir(path)) - FILES) if path.is_dir() else [path.name]
+        if foreign:
+            raise UserError(f'{path} holds {foreign[0]}, which would be lost; choose another --dataset.')
+        say('note', f'the dataset that is in {path}/ now will be replaced')
+    # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
+    tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    say('read', f'{len(docs):,} documents, {sum(len(doc.text) for doc in docs) / 1e6:.2f} M characters', began)
-    if len(docs) < 2:
-        raise UserError(f'{len(docs)} usable document(s) in the input, and two are needed, one to hold out: give more.')
+    n_characters = sum(len(doc.text) for doc in docs)
+    say('read', f'{len(docs):,} documents, {n_characters / 1e6:.2f} M characters', began)
+    if not docs:
+        raise UserError('there is no text in the input: give some.')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
-        raise UserError(f'{len(domains)} domains in the input, and 256 is the most: use fewer subfolders or "domain"s.')
+        raise UserError(f'{len(domains)} domains in the input, 256 is the most: use fewer labels or folders.')
 
-    val, train = hold_out(docs, args.val_fraction)
-    train, val = order_training(train, val, args), order_validation(val, domains, args)
+    originals, copies = unique(docs)
+    val, train = hold_out(originals, args.val_fraction)
+    if not val:
+        raise UserError(f'too little text to hold some out: no domain has {4 * MIN_VAL} bytes; give more.')
+    both = val + train
+    twins = near_duplicates(both, len(val))
+    train = [doc for i, doc in enumerate(both) if i >= len(val) and i not in twins]
+    leaked = sum(j < len(val) for j in twins.values())
+    say('copies', f'{len(copies):,} documents dropped: their text is that of another')
+    say('near-duplicates', f'{len(twins):,} training documents dropped: {leaked:,} resemble a held-out one, '
+        f'{len(twins) - leaked:,} another training one', began)
+    dropped = copies + [(both[i], both[j]) for i, j in twins.items()]
+    if len(dropped) > len(docs) / 2:
+        say('warning', 'that is more than half of the input; two that count as the same:')
+        for doc in dropped[0]:
+            say('', f'{doc.source}: {" ".join(doc.text.split())[:60]!r}')
     if not train:
-        raise UserError('nothing is left to train on beside the held-out documents and their twins: give more text.')
+        raise UserError('nothing is left to train on beside held-out text and what resembles it: give more.')
     for domain in domains:
         sizes = [[len(doc.text.encode()) for doc in side if doc.domain == domain] for side in (train, val)]
-        say(f'  {domain}', '    '.join(f'{side:8} {len(size):7,} documents {sum(size) / 1e6:7.2f} MB'
-                                       for side, size in zip(('train', 'held out'), sizes)))
-    since = time.time()
-    tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, [doc.text for doc in train])
-    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens', since)
+        why = ('not measured: too little text' if not sizes[1] else
+               'not trained: the rest resembles what is held out' if not sizes[0] else '')
+        say(f'  {domain}', ''.join(f'{side} {len(size):7,} documents {sum(size):13,} bytes    '
+                                   for side, size in zip(('train', 'held out'), sizes)) + why)
 
-    since, path = time.time(), Path('data', args.dataset)
+    train, restarts, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
+    # Validation is the same for every --order, and domain by domain: each is measured on its own text alone.
+    val = [doc for d, domain in enumerate(domains) for doc in arrange(
+        [doc for doc in val if doc.domain == domain], 'similar', args.n_neighbors, [args.seed, d])[0]]
+    say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts', began)
+    say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
+
+    tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
+    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens', began)
     installed = {d.name: d.version for d in metadata.distributions()}
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {
         'domains': domains, 'arguments': vars(args), 'seed': args.seed,
         'versions': {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
     for split in ('train', 'val'):
         n = meta[split]['tokens']
-        say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token', since)
-    docs = np.load(path / 'train_docs.npz')
-    lengths, shuffled = np.diff(docs['start']), np.random.default_rng(args.seed).permutation(len(train))
-    say('one-domain windows', f'{one_domain_share(lengths, docs["domain"]):.2f} of windows of 1024 tokens, '
-        f'{one_domain_share(lengths[shuffled], docs["domain"][shuffled]):.2f} if shuffled')
+        say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token', began)
     say(f'{path}/', 'is ready', began)
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
-    try:
-        main()
-    except UserError as e:
-        print(f'prepare.py: {e}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('\nprepare.py: stopped; to have a dataset, run it again.', file=sys.stderr)
-        sys.exit(130)
+    run_script(main)

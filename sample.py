@@ -5,8 +5,8 @@ Continue a prompt from a checkpoint alone: the tokenizer is inside.
     python sample.py --start='def main(' --temperature=0       your own prompt, greedy
     python sample.py --start=FILE:notes.txt --show_routing     a prompt from a file, and the experts it chose
 
-The prompt routes once: each layer merges its experts into one FFN, and from there on the model is dense (Sec. 3.1).
-`--save_dense=FILE` keeps that dense model, as a checkpoint like any other.
+The prompt routes once: each layer merges its experts into one FFN, and from there on the model is dense
+(Sec. 3.1). `--save_dense=FILE` keeps that dense model, as a checkpoint like any other.
 """
 import codecs
 import os
@@ -24,7 +24,7 @@ def flags():
     parser = make_parser(__doc__)
     add_flag(parser, 'out_dir', 'out', 'folder of the run, whose ckpt.pt is read')
     add_flag(parser, 'checkpoint', '', 'a checkpoint file to read instead')
-    add_flag(parser, 'start', '', 'the prompt, or FILE:path to read it from; empty: the beginning of a document')
+    add_flag(parser, 'start', '', 'the prompt, or FILE:path to read it from; empty: a document begins')
     add_flag(parser, 'num_samples', 1, 'continuations', number(int, 1))
     add_flag(parser, 'max_new_tokens', 300, 'tokens in each, at most', number(int, 1))
     add_flag(parser, 'temperature', 0.8, 'below 1 favours likely tokens, 0 is greedy', number(float, 0))
@@ -33,8 +33,8 @@ def flags():
              number(float, 0))
     add_flag(parser, 'stop', '', 'end a sample once it has this text, besides at the end of a document')
     add_flag(parser, 'reroute', False, 'merge the experts again for every segment, as in training')
-    add_flag(parser, 'show_routing', False, "print each expert's share in each layer, as the prompt chose")
-    add_flag(parser, 'save_dense', '', 'write the dense model that the prompt makes of the experts to this file')
+    add_flag(parser, 'show_routing', False, "print each expert's share in each layer")
+    add_flag(parser, 'save_dense', '', 'write the dense model that the prompt makes to this file')
     add_flag(parser, 'seed', 1337, 'of the draws', number(int, 0, 2**63))
     add_flag(parser, 'device', 'auto', 'auto, cpu, cuda, mps')
     return parser
@@ -70,16 +70,17 @@ def main(argv=None):
     device = usable_device(args.device)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device)
     if 'tokenizer' not in ckpt:
-        raise UserError('this checkpoint has no tokenizer: store one in it, save_checkpoint(..., tokenizer=...).')
+        raise UserError('this checkpoint has no tokenizer: save it with save_checkpoint(..., tokenizer=...).')
     tokenizer = load_tokenizer(ckpt['tokenizer'])
     text = read_prompt(args.start)
     prompt = torch.tensor([[tokenizer.eot_token] + encode(tokenizer, text)], device=device)  # (1, L)
 
+    routing = model.prefill(prompt, args.reroute)[1]  # (1, n_layer, N, E); a prompt too long is refused here
     if args.show_routing:
-        show_routing(model.prefill(prompt, args.reroute)[1][0, :, -1])
+        show_routing(routing[0, :, -1])
     if args.save_dense:
         save_checkpoint(args.save_dense, model.specialize(prompt), tokenizer=ckpt['tokenizer'])
-        print(f'dense model written to {args.save_dense}; try: python sample.py --checkpoint={args.save_dense}\n')
+        print(f'dense model written; now try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)
     for i in range(args.num_samples):
@@ -98,7 +99,8 @@ def main(argv=None):
             if args.stop and args.stop in sample:
                 break
         print(decoder.decode(b'', True))  # half a character, if it ended in one
-        print(f'[{count} tokens, {count / max(time.perf_counter() - began, 1e-9):.0f} tokens/s]', file=sys.stderr)
+        seconds = max(time.perf_counter() - began, 1e-9)
+        print(f'[{count} tokens, {count / seconds:.0f} tokens/s]', file=sys.stderr)
 
 
 if __name__ == '__main__':

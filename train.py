@@ -10,7 +10,7 @@ A run leaves in out_dir: ckpt.pt (the latest state), best.pt (the best validatio
 experts.png (routing weights by layer and domain, Fig. 6). Ctrl-C saves and stops. A run killed at any moment
 goes on from its latest ckpt.pt and ends as if it had never stopped, on a CPU bit for bit.
 
-`main` reads from top to bottom: settings, data, model, loop. What it calls stands below, in the same order.
+`main` reads from top to bottom: settings, data, model, loop. What it calls stands below it, by subject.
 """
 import csv
 import ctypes
@@ -93,8 +93,8 @@ def main(argv=None, build=Lory):
     if world > 1:
         # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
         dist.init_process_group('nccl' if 'cuda' in device else 'gloo', timeout=timedelta(days=7))
-    micro, rest = divmod(args.batch_size, world * args.gradient_accumulation_steps)
-    if rest:
+    micro, left_over = divmod(args.batch_size, world * args.gradient_accumulation_steps)
+    if left_over:
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
@@ -120,14 +120,14 @@ def main(argv=None, build=Lory):
     tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     running = wrap(model, args, device, world)  # on its device; under DDP, FSDP2 or compile
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model and optimiser, all that a run carries
+    step, losses, rows = 0, [], []  # what a run carries, beside model, optimiser, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
-        was, now = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
-        say(f'resumed   at step {step:,}, learning rate {was:.2e} -> {now:.2e}')
+        planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
+        say(f'resumed   at step {step:,} with learning rate {lr:.2e} (it was planned to be {planned:.2e})')
     saved = None  # free its memory
     tokens_per_step = args.batch_size * args.block_size
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -138,16 +138,22 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    asked, times, pauses = [], [], [0]  # signals to stop; seconds of each step, of each validation and save
+    times, pauses = [], [0]  # seconds of each step; of each validation with its save
+    asked = []  # signals to stop: the first is heard after the step at hand, the second ends the process
+
+    def stop_soon(which, frame):
+        asked.append(which)
+        signal.signal(which, signal.SIG_DFL)
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda *_: asked.append(1))
+        signal.signal(which, stop_soon)
 
     while step < args.max_iters:
         # --- one update ---
         began = time.perf_counter()
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate(step, args)
-        loss = torch.zeros((), device=device)
+            group['lr'] = lr
+        total = torch.zeros((), device=device)
         for i in range(args.gradient_accumulation_steps):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
             first = ((step * args.gradient_accumulation_steps + i) * world + rank) * micro
@@ -155,9 +161,9 @@ def main(argv=None, build=Lory):
             if isinstance(running, DDP):  # exchange gradients once, after the last piece
                 running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
-                piece = running(x, y)[1] / args.gradient_accumulation_steps
-            scaler.scale(piece).backward()
-            loss += piece.detach()
+                micro_loss = running(x, y)[1] / args.gradient_accumulation_steps
+            scaler.scale(micro_loss).backward()
+            total += micro_loss.detach()
         scaler.unscale_(optimizer)
         if step < tied_until:
             model.tie_gradients()  # dense warm-up (Sec. 4.1): equal experts get equal gradients
@@ -168,23 +174,24 @@ def main(argv=None, build=Lory):
         if step < tied_until:
             model.tie_experts()
         step += 1
-        loss, norm, stop = over_ranks(loss, norm, len(asked), world)
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise UserError(f'step {step}: loss {loss}, gradient norm {norm}: go on from ckpt.pt, which is '
-                            'intact, with --init_from=resume and a lower --learning_rate.')
+        loss, norm, stop = over_ranks(total, norm, len(asked), world)
+        finite = math.isfinite(norm) or scaler.is_enabled()  # a scaler skips the step and scales by less
+        if not (finite and math.isfinite(loss)):
+            raise UserError(f'the loss of step {step} is {loss}, the gradient norm {norm}: try again with a '
+                            'lower --learning_rate, or go on so with --init_from=resume.')
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
         # --- report ---
         if step % args.log_interval == 0:
-            loss = statistics.fmean(losses[-args.log_interval:])
+            mean = statistics.fmean(losses[-args.log_interval:])
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = tokens_per_step / max(seconds, 1e-9)
             card = on_cuda(model, device, tok_s / world)
-            rows.append(dict(step=step, loss=loss, lr=group['lr'], norm=norm, ms=1000 * seconds, tok_s=tok_s))
+            rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
             validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
             left = timedelta(seconds=round((args.max_iters - step) * seconds + validations * pauses[-1]))
-            say(f'step {step:6d} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm:5.2f} | '
+            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {card}{left} left')
         if step == tied_until:
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
@@ -195,31 +202,30 @@ def main(argv=None, build=Lory):
         if validate:
             sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast, device, rank, world)
             row = dict(step=step, **summary(sums, windows))
-            if step > tied_until and config.n_experts > 2 and config.segment_len < config.block_size:
+            if step > tied_until and config.n_experts > 2:  # of two experts none can exceed 2/E
                 row['experts'] = used.float().mean().item()
             rows.append(row)
-            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte, '
-                f'{row["later_bpb"]:.4f} after segment 1 | '
+            later = math.isfinite(row['later_bpb'])
+            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte'
+                + (f', {row["later_bpb"]:.4f} after segment 1 | ' if later else ' | ')
                 + (f'experts in use {100 * row["experts"]:.0f}% | ' if 'experts' in row else '')
                 + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in windows))
             if not math.isfinite(row['val_bpb']):
-                raise UserError(f'step {step}: the validation loss is not finite; ckpt.pt is intact.')
+                raise UserError(f'the validation loss of step {step} is not finite: lower --learning_rate.')
 
         # --- save ---
         if validate or stop:
-            tensors, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             if rank == 0:
-                state = dict(state=tensors, optimizer=averages, scaler=scaler.state_dict(), step=step,
-                             losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                             data=data.meta['sha256'], tokenizer=data.tokenizer)
+                run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
+                           optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'],
+                           tokenizer=data.tokenizer)
                 if validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r):
-                    save_checkpoint(f'{args.out_dir}/best.pt', model, **state)
+                    save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy())
                 write_log(f'{args.out_dir}/log.csv', rows)
-                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, **state)  # last, as resuming begins here
-            if world > 1:
-                dist.barrier()
+                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)  # the last one
             pauses.append(time.perf_counter() - began)
         if stop:
             break
@@ -238,7 +244,8 @@ def main(argv=None, build=Lory):
 # --- Settings. ---
 
 SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'n_experts', 'tie_embeddings'}
-FIXED = {*(f.name for f in MODEL_FIELDS), 'dataset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'dense_warmup', 'seed',
+         'eval_windows'}
 
 
 def read_settings(argv):
@@ -257,16 +264,16 @@ def read_settings(argv):
     elif args.init_from != 'scratch':
         saved = read_checkpoint(args.init_from)
         defaults = {f.name: saved['config'][f.name] for f in MODEL_FIELDS}
-    parser.set_defaults(**defaults | PRESETS[args.preset])
+    parser.set_defaults(**PRESETS[args.preset] | defaults)
     args = parser.parse_args(argv)
-    for name in defaults.keys() & (FIXED if resume else SHAPE):
+    for name in sorted(defaults.keys() & (FIXED if resume else SHAPE)):
         from_dense = name == 'n_experts' and defaults[name] == 1 and not resume  # fills any number of experts
         if getattr(args, name) != defaults[name] and not from_dense:
             raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
     if resume and args.max_iters < saved['step']:
         raise UserError(f'the run is at step {saved["step"]} already: raise --max_iters={args.max_iters}.')
     if args.shard and ('RANK' not in os.environ or args.dtype == 'float16' or args.compile):
-        raise UserError('shard=True needs torchrun, and goes neither with float16 nor with compile.')
+        raise UserError('shard=True needs torchrun, and neither float16 nor compile: or say --shard=False.')
     return args, saved
 
 
@@ -279,14 +286,17 @@ def pick_device(args):
     if 'cuda:' in device:
         torch.cuda.set_device(device)
     if dtype == 'auto':
-        cpu = torch.cpu.get_capabilities() if device == 'cpu' else {}
-        fast = cpu.get('avx512_bf16') or cpu.get('amx_bf16') or \
-            'cuda' in device and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = False
+        if 'cuda' in device:
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif device == 'cpu':
+            fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
-    torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+    # On CUDA, TF32 for what autocast leaves in float32. float32 asked for means float32.
+    torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
-        # glibc hands large blocks back to the kernel and faults them in again at each step. Told to keep them
-        # (M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB), the default model trains 1.4 times as fast.
+        # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
+        # to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB.
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     return device, getattr(torch, dtype)
@@ -294,7 +304,7 @@ def pick_device(args):
 
 def check_fit(saved, args, model, data):
     """UserError if the checkpoint to start from fits neither the model's layers nor the data."""
-    if saved['layer'] != model.layer:
+    if saved['layer'] != model.layer_name:
         raise UserError(f'the checkpoint has layers of type {saved["layer"]}: use the script that made it.')
     if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
         raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before, or '
@@ -318,10 +328,13 @@ def window_starts(n_tokens, L, seed, epoch):
 
 def get_batch(tokens, first, count, args, device):
     """Sequences first, first + 1, ... of the endless training stream. -> x, y, (count, L) int64 both"""
-    starts = partial(window_starts, len(tokens), args.block_size, args.seed)
-    n = len(starts(0))
-    chosen = [starts(i // n)[i % n] for i in range(first, first + count)]
-    return to_xy([tokens[start:start + args.block_size + 1] for start in chosen], device)
+    L, windows = args.block_size, []
+    n = len(window_starts(len(tokens), L, args.seed, 0))
+    for i in range(first, first + count):
+        epoch, place = divmod(i, n)
+        start = window_starts(len(tokens), L, args.seed, epoch)[place]
+        windows.append(tokens[start:start + L + 1])
+    return to_xy(windows, device)
 
 
 def to_xy(windows, device):
@@ -349,7 +362,8 @@ def wrap(model, args, device, world):
 
 
 def split_dimension(p, world):
-    """The last dimension that the ranks divide evenly, but never that of experts: tying needs their mean."""
+    """The last dimension that the ranks divide evenly, but never that of experts: tying needs their mean.
+    Vectors that they do not divide are split unevenly."""
     even = [d for d, n in enumerate(p.shape) if n % world == 0 and not (p.dim() == 3 and d == 0)]
     if not even and p.dim() == 3:
         raise UserError(f'{world} ranks divide neither n_embd nor ffn_hidden: say --shard=False.')
@@ -391,9 +405,9 @@ def on_cuda(model, device, tok_s):
     if 'cuda' not in device:
         return ''
     cards = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # by their data sheets
-    peak = next((cards[card] for card in cards if card in torch.cuda.get_device_name(device)), math.nan)
-    mfu = tok_s * model.flops_per_token(model.config.block_size) / peak
-    return f'mfu {100 * mfu:.0f}% | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
+    flops, name = tok_s * model.flops_per_token(model.config.block_size), torch.cuda.get_device_name(device)
+    mfu = ''.join(f'mfu {100 * flops / peak:.0f}% | ' for card, peak in cards.items() if card in name)
+    return f'{mfu}{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
 
 
 # --- Validation, always on the same windows, each domain on its own text. ---
@@ -425,18 +439,18 @@ def evaluate(model, windows, token_bytes, micro, autocast, device, rank=0, world
     routing = torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     for d, chosen in enumerate(windows.values()):
-        for i in range(rank * micro, len(chosen) + rank * micro, world * micro):
-            mine = chosen[i:i + micro]
-            x, y = to_xy(mine or chosen[:1], device)  # a rank with none left runs along: shards need all
+        for i in range(0, len(chosen), world * micro):
+            mine = chosen[i + rank * micro:][:micro]
+            x, y = to_xy(mine or chosen[:1], device)  # an idle rank computes too: shards need all ranks
             with autocast:
-                logits, _, e = model(x, return_routing=True)
+                logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
             if mine:
                 nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view_as(y)
                 size = token_bytes[y]  # (B, L); <|endoftext|> has no bytes and is not counted
                 terms = torch.stack([nats * (size > 0), size > 0, size])  # (3, B, L)
                 sums[d, 0] += terms.sum((1, 2))
                 sums[d, 1] += terms[:, :, T:].sum((1, 2))
-                e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E)
+                e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
                 routing[d] += e.mean(2).sum(0) / len(chosen)
                 used += (e > 2 / E).sum((0, 2))
     if world > 1:
@@ -474,42 +488,39 @@ def write_log(path, rows):
 
 def plot(out_dir, rows, domains, tied_until, routing):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
-    import matplotlib  # here, for it takes a second that --help should not
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # here, for it takes a second that --help should not
     from matplotlib.font_manager import FontProperties, findfont, get_font
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # for want of a font
               for d, name in enumerate(domains, 1)]
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout='constrained')
+    figures = {'loss.png': Figure(figsize=(11, 3.8), layout='constrained')}
+    left, right = figures['loss.png'].subplots(1, 2)
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
     left.plot([r['step'] for r in train], [r['loss'] for r in train], color='0.3', lw=1.2)
     left.set(xlabel='step', ylabel='training loss (nats per token)')
-    left.axvline(tied_until, color='0.7', ls=':', label='end of dense warm-up')
-    left.legend()
+    if tied_until:
+        left.axvline(tied_until, color='0.7', ls=':', label='end of dense warm-up')
+        left.legend()
     for name, label in zip(domains, labels):
         right.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', label=label)
     right.plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k--', label='mean')
     right.set(xlabel='step', ylabel='validation (bits per byte)')
     right.legend()
-    figures = {'loss.png': fig}
 
     n_layer, E = routing.shape[1:]
     if E > 1 and rows[-1]['step'] > tied_until:  # before, the router is still as it was drawn
-        size = 1 + 3 * n_layer, 1.2 + 0.35 * len(domains)
-        fig, axes = plt.subplots(1, n_layer, figsize=size, squeeze=False, sharey=True, layout='constrained')
+        fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
+        figures['experts.png'], axes = fig, fig.subplots(1, n_layer, squeeze=False, sharey=True)
         for layer, ax in enumerate(axes[0]):
             image = ax.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), aspect='auto',
                               extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
             ax.set(title=f'layer {layer + 1}', xlabel='expert')
             ax.set_yticks(range(len(domains)), labels)
         fig.colorbar(image, ax=axes, label='mean routing weight')
-        figures['experts.png'] = fig
     for name, fig in figures.items():
         with atomic_open(f'{out_dir}/{name}') as f:
             fig.savefig(f, format='png', dpi=110)
-    plt.close('all')
 
 
 if __name__ == '__main__':

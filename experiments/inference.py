@@ -72,7 +72,7 @@ def speed(dense, model, rounds=9, n=64):
 
     def route_and_merge():
         for block in model.blocks:
-            block.ffn.merged(block.ffn.weights(mean))
+            block.ffn.merged(block.ffn.routing_weights(mean))
     for _ in range(rounds):
         for name in models:
             times[name].append(seconds(lambda: decode(name), 1) / n)

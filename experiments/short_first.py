@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
-from lory import Lory, LoryFFN, UserError, at_least_float32, lean_swiglu, run_script
+from lory import Lory, LoryFFN, UserError, lean_swiglu, run_script
 
 
 class ShortFirstFFN(LoryFFN):
@@ -34,8 +34,8 @@ class ShortFirstFFN(LoryFFN):
         first = x[:, :T1]  # (B, T1, D)
         later = F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
         means = torch.cat([first.mean(1, keepdim=True), later[:, :-1].mean(2)], 1)  # (B, R, D)
-        prior = at_least_float32(self.router.bias).softmax(-1).expand(B, 1, -1)  # (B, 1, E)
-        e = torch.cat([prior, self.weights(means)], 1)  # (B, 1 + R, E)
+        prior = self.router.bias.softmax(-1).expand(B, 1, -1)  # (B, 1, E)
+        e = torch.cat([prior, self.routing_weights(means)], 1)  # (B, 1 + R, E)
         experts = self.gate, self.up, self.down
         y_first = lean_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
         y_later = lean_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)
