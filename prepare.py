@@ -270,7 +270,7 @@ def near_duplicates(docs, n_held):
 
     The texts decide: Jaccard similarity of their 9-grams. MinHash proposes: the first hash after a fixed
     point is the same in two sets as often as their similarity says. At similarity 0.8 two documents share
-    13 of 32 bands of four such hashes, at 0.2 none. A band remembers eight documents, so time and memory
+    13 of 32 bands of four such hashes, at 0.2 none. A band remembers 16 documents, so time and memory
     grow with their number only, however alike they are."""
     points, bands = np.arange(128, dtype=np.uint64) << np.uint64(57), np.empty((len(docs), 32), np.uint64)
     for i, doc in enumerate(track('near-duplicates', docs)):
@@ -281,7 +281,7 @@ def near_duplicates(docs, n_held):
     members, twins = defaultdict(list), {}
     for i, row in enumerate(bands):
         shared = [band for band in row.tolist() if band in repeated]
-        likely = Counter(j for band in shared for j in members[band]).most_common(8) if i >= n_held else []
+        likely = Counter(j for band in shared for j in members[band]).most_common(16) if i >= n_held else []
         grams = ngrams(docs[i].text) if likely else None
         for j, _ in likely:
             others = ngrams(docs[j].text)
@@ -289,7 +289,7 @@ def near_duplicates(docs, n_held):
             if both / (len(grams) + len(others) - both) >= TWIN:
                 twins[i] = min(j, twins.get(i, j))  # a held-out one if there is one
         for band in shared if i not in twins else []:
-            members[band] += [i] if len(members[band]) < 8 else []
+            members[band] += [i] if len(members[band]) < 16 else []
     return twins
 
 

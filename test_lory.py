@@ -519,7 +519,8 @@ def test_input_kinds(data_docs, tmp_path, capsys, monkeypatch):
     data_jsonl(Path('feed.JSONL'), [{'text': text, 'domain': 'news'} for text in texts[30:]] + [
         {'text': 'in \u2028 line', 'domain': None}, {'text': '<|endoftext|>', 'domain': 0}, ''])
     docs = prepare.read_inputs(['books', 'note.txt', 'feed.JSONL', 'books/'])
-    expected = {texts[20]: 'note.txt', texts[21]: 'link', 'in \u2028 line': 'feed.JSONL', '<|endoftext|>': '0'}
+    expected = {texts[20]: 'note.txt', texts[21]: 'link', 'in \u2028 line': 'feed.JSONL',
+                '<|endoftext|>': '0'}
     for part, domain in (texts[:8], 'sea'), (texts[8:18], 'books'), (texts[30:], 'news'):
         expected |= dict.fromkeys(part, domain)
     assert {doc.text: doc.domain for doc in docs} == expected and len(docs) == len(expected)
@@ -623,6 +624,10 @@ def test_near_duplicates_equal_brute_force(data_docs):
         for _ in range(rng.randrange(12)):
             words[rng.randrange(len(words))] = rng.choice(['', 'other', '\n', 'x1', rng.choice(words)])
         texts.append(' '.join(words))
+    texts += [text[:48] + end for text in texts[:5] for end in 'ab']  # too short to be near
+    words = data_words(150).split()
+    for _ in range(25):  # all alike, and few of them twins
+        texts.append(' '.join(rng.choice(words) if rng.random() < .04 else word for word in words))
     rng.shuffle(texts)
     docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
     similarity = data_similarities(docs)
@@ -666,7 +671,8 @@ def data_cosine(X):
 def data_naive_chain(similarity, k, starts):
     """The walk of Sec. 3.2, O(n^2), from the full similarity matrix."""
     n, left, order = len(similarity), set(range(len(similarity))), []
-    ranked = [[j for j in np.argsort(-similarity[i], kind='stable').tolist() if j != i and similarity[i, j]][:k]
+    ranked = [[j for j in np.argsort(-similarity[i], kind='stable').tolist()
+               if j != i and similarity[i, j]][:k]
               for i in range(n)]
     while left:
         options = [j for j in ranked[order[-1]] if j in left] if order else []
@@ -950,10 +956,12 @@ def test_a_million_spaces_and_friends(tmp_path):
     ('--input nowhere', 'does not exist'), ('--input void', 'no text'), ('--input one.txt', 'too little'),
     ('--input spaces.txt', 'no text'), ('--input binary', 'no text'), ('--input bad.jsonl', 'line 2'),
     ('--input same.jsonl', 'too little text'), ('--input alike --val_fraction=.6', 'nothing is left'),
-    ('--input one.txt --tokenizer=gpt22', 'not known'), ('--dataset=a/b', 'plain'), ('--dataset=..', 'plain')])
+    ('--input one.txt --tokenizer=gpt22', 'not known'),
+    ('--dataset=a/b', 'plain'), ('--dataset=..', 'plain')])
 def test_bad_input(argv, message, data_home, tmp_path):
     for name, data in (('one.txt', b'one document'), ('spaces.txt', b' ' * 1_000_000), ('binary', b'\0\1\2'),
-                       ('bad.jsonl', b'{"text": "a"}\n{"txt": 1}'), ('same.jsonl', b'{"text": "same"}\n' * 99),
+                       ('bad.jsonl', b'{"text": "a"}\n{"txt": 1}'),
+                       ('same.jsonl', b'{"text": "same"}\n' * 99),
                        ('void/.hidden', b'text'), ('alike/0', data_words(400).encode()),
                        ('alike/1', data_words(400).encode() + b' end')):
         (tmp_path / name).parent.mkdir(exist_ok=True)
