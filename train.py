@@ -225,7 +225,8 @@ def main(argv=None, build=Lory):
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy())
                 write_log(f'{args.out_dir}/log.csv', rows)
-                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)  # the last one
+                # ckpt.pt comes last: a run killed before this makes all of the above again.
+                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pauses.append(time.perf_counter() - began)
         if stop:
             break
