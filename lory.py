@@ -338,8 +338,8 @@ class Lory(nn.Module):
         dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router makes
         each expert hear some segments louder than others do. So they part, and routing begins to matter."""
         for name, p in self.named_parameters():
-            if name.endswith('router.bias'):
-                p.zero_()  # the prior begins uniform
+            if name.endswith('bias'):
+                p.zero_()  # the router's, so that the prior begins uniform
             elif p.dim() > 1:
                 residual = name.endswith(('attn.proj.weight', 'ffn.down'))
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
@@ -590,7 +590,7 @@ def read_checkpoint(path):
                 ckpt = torch.load(path, map_location='cpu', weights_only=True)
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror}): choose another, or run python train.py.') from e
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         pass  # no zip archive, or none of torch.save's
     found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'
     if found != FORMAT:

@@ -363,7 +363,7 @@ def wrap(model, args, device, world):
 
 
 def split_dimension(p, world):
-    """The last dimension that the ranks divide evenly, but never that of experts: tying needs their mean.
+    """The last dimension that the ranks divide evenly, but never that of experts, so their mean stays local.
     Vectors that they do not divide are split unevenly."""
     even = [d for d, n in enumerate(p.shape) if n % world == 0 and not (p.dim() == 3 and d == 0)]
     if not even and p.dim() == 3:
