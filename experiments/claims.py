@@ -3,15 +3,17 @@ The paper's claims in miniature: the runs behind the README's tables, three seed
 
     python experiments/claims.py                    train what is missing, two runs at a time; report
     python experiments/claims.py --train e8 dense   train these groups only
-    python experiments/claims.py --train            train nothing, report
+    python experiments/claims.py --train            train nothing, report, draw assets/claims.png
+    python experiments/claims.py --train --table=runs-c0966a5.csv    the same from an older table
 
-A run is the default of its script (train.py but where SCRIPTS says otherwise) with its group's flags: a
-quarter of an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was
-stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Everything is
-measured with first_segment=prior, strictly causal at every position, but where a group says otherwise.
-Draws assets/claims.png.
+A run is the default of its script (train.py but where SCRIPTS says otherwise) with its group's flags, in
+float32: half an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was
+stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Each row names
+the commit and the data that made it. Everything is measured with first_segment=prior, strictly causal at
+every position, but where a group says otherwise.
 """
 import csv
+import json
 import os
 import statistics
 import subprocess
@@ -27,9 +29,9 @@ from lory import UserError, add_flag, atomic_open, make_parser, number, run_scri
 SEEDS = (1337, 1, 2)
 GROUPS = {  # in the order in which they are made
     'dense': '--n_experts=1',
+    'e8 T256': '--n_experts=8 --segment_len=256',
     'e8': '--n_experts=8 --segment_len=64',
     'e32': '--n_experts=32 --segment_len=64',
-    'e8 T256': '--n_experts=8 --segment_len=256',
     'e8 T512': '--n_experts=8 --segment_len=512',
     # Training documents in random order; what is held out stays the same.
     'dense shuffled': '--n_experts=1 --dataset=shuffled',
@@ -89,14 +91,14 @@ TABLES = {  # title -> (baseline, groups compared with it)
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
     'Half as long, five languages': ('dense half languages', ['e8 half languages']),
 }
-TABLE = f'{HERE}/runs.csv'
+TABLE = 'runs.csv'
 
 
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
     command = [sys.executable, f'{ROOT}/{SCRIPTS.get(group, "train.py")}', *GROUPS[group].split(),
-               f'--seed={seed}', '--eval_interval=1500', f'--out_dir={out}']
+               f'--seed={seed}', '--dtype=float32', '--eval_interval=1500', f'--out_dir={out}']
     if os.path.exists(f'{out}/ckpt.pt'):
         command.append('--init_from=resume')  # train.py refuses if the run's flags are others
     with open(f'{out}.log', 'a') as output:
@@ -109,11 +111,16 @@ def train(group, seed):
 
 def read(path, group, seed):
     """Every second line of a run's log and all its validations, a row for each step, to five digits."""
+    with open(f'data/{dataset_of(group)}/meta.json', encoding='utf-8') as f:
+        data = json.load(f)['sha256']['train.bin'][:12]
+    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'], capture_output=True,
+                            text=True).stdout.strip()
+    made = dict(group=group, seed=seed, dtype='float32', commit=commit, data=data)
     rows = {}
     with open(path, newline='', encoding='utf-8') as f:
         for line in csv.DictReader(f):
             if line['val_bpb'] or int(line['step']) % 100 == 0:
-                row = rows.setdefault(line['step'], dict(group=group, seed=seed, step=line['step']))
+                row = rows.setdefault(line['step'], dict(made, step=line['step']))
                 for name, value in line.items():
                     kept = name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl'))
                     if kept and (value or name not in row):
@@ -121,17 +128,24 @@ def read(path, group, seed):
     return list(rows.values())
 
 
-def table():
-    """The rows of experiments/runs.csv."""
+def dataset_of(group):
+    return (GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0]
+
+
+def table(name=TABLE):
+    """The rows of a result file in experiments/."""
+    path = f'{HERE}/{name}'
+    if name == TABLE and not os.path.exists(path):
+        return []
     try:
-        with open(TABLE, newline='', encoding='utf-8') as f:
+        with open(path, newline='', encoding='utf-8') as f:
             rows = list(csv.DictReader(f))
         unknown = {f'{r["group"]} {r["seed"]}' for r in rows
                    if r['group'] not in GROUPS or int(r['seed']) not in SEEDS}
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
-        raise UserError(f'{TABLE} cannot be read ({type(e).__name__}): take it from git again.') from e
+        raise UserError(f'{path} cannot be read ({type(e).__name__}): take it from git again.') from e
     if unknown:  # never dropped: they would be lost when it is written
-        raise UserError(f'{TABLE} holds {", ".join(sorted(unknown))}, which GROUPS and SEEDS do not: name '
+        raise UserError(f'{path} holds {", ".join(sorted(unknown))}, which GROUPS and SEEDS do not: name '
                         'them there or move their rows.')
     return rows
 
@@ -255,15 +269,15 @@ def main():
     parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP',
                         help=', '.join(GROUPS))
     add_flag(parser, 'workers', 2, 'runs at a time, one thread each', number(int, 1))
+    add_flag(parser, 'table', TABLE, 'result file in experiments/ to report from; new rows go to runs.csv')
     args = parser.parse_args()
     rows = table()
     have = {(r['group'], int(r['seed'])) for r in rows}
-    missing = [(group, seed) for group in GROUPS if group in args.train for seed in SEEDS
-               if (group, seed) not in have]
+    missing = [(group, seed) for seed in SEEDS for group in GROUPS
+               if group in args.train and (group, seed) not in have]
     if missing:
         os.makedirs('runs', exist_ok=True)
-        wanted = {(GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0]
-                  for group, _ in missing}
+        wanted = {dataset_of(group) for group, _ in missing}
         for dataset, flags in DATASETS.items():
             if dataset in wanted and not os.path.exists(f'data/{dataset}/meta.json'):
                 if dataset == 'languages' and not os.path.exists(dataset):
@@ -279,16 +293,16 @@ def main():
                     continue
                 # Read anew: another claims.py may have added to it.
                 rows = sorted(table() + done.result(), key=place)
-                with atomic_open(TABLE, 'w', newline='', encoding='utf-8') as f:
+                with atomic_open(f'{HERE}/{TABLE}', 'w', newline='', encoding='utf-8') as f:
                     writer = csv.DictWriter(f, dict.fromkeys(name for r in rows for name in r))
                     writer.writeheader()
                     writer.writerows(rows)
         except KeyboardInterrupt:  # the runs save and end by themselves
             pool.shutdown(cancel_futures=True)
             raise UserError('stopped; the same command goes on.') from None
-    if rows:
-        report(rows)
-        draw(rows)
+    report(table(args.table))
+    if not args.train:
+        draw(table(args.table))
     if failed:
         raise UserError(' '.join(failed))
 

@@ -4,7 +4,7 @@ Train with a short first segment: strictly causal, and only its T/8 tokens make 
     python experiments/short_first.py --segment_len=256 --out_dir=out-short        any flag of train.py
 
 The mean of these few tokens routes segment 2, and from there on all segments are T long. That is one
-more merge in a sequence. What it is worth stands in runs.csv, group `e8 half T256 short`. To load a
+more merge in a sequence. What it is worth stands in runs-c0966a5.csv, group `e8 half T256 short`. To load a
 checkpoint, give load_checkpoint `build=functools.partial(Lory, ffn=ShortFirstFFN)`.
 """
 import math
