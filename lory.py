@@ -338,13 +338,14 @@ class Lory(nn.Module):
         dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router makes
         each expert hear some segments louder than others do. So they part, and routing begins to matter."""
         for name, p in self.named_parameters():
-            if name.endswith('bias'):
-                p.zero_()  # the router's, so that the prior begins uniform
-            elif p.dim() > 1:
-                residual = name.endswith(('attn.proj.weight', 'ffn.down'))
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-                generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
-                p.copy_(torch.empty(p.shape[-2:]).normal_(std=std, generator=generator))  # for every expert
+            if p.dim() < 2:
+                p.fill_(0 if name.endswith('bias') else 1)  # the router's bias: the prior begins uniform; norms
+                continue
+            residual = name.endswith(('attn.proj.weight', 'ffn.down'))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
+            drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)  # (in, out), one expert's
+            p.copy_(drawn.to(p.device))
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), n_layer routing weights (B, N, E)"""
@@ -403,12 +404,15 @@ class Lory(nn.Module):
                 p.copy_(p[:1].clone())
 
     @torch.no_grad()
-    def fill(self, state):
-        """Take the weights of a state dict. A dense model's fill every expert; the router stays as it is."""
+    def fill(self, state, layer=None):
+        """Take the weights of a state dict, in which `layer` is the layers' name. A dense model's fill every
+        expert; the router stays as it is. UserError if they do not fit."""
+        if layer not in (None, self.layer_name):
+            raise UserError(f'the checkpoint has layers of type {layer}: use the script that trained it.')
         for name, p in self.named_parameters():
             if name in state or '.router.' not in name:
                 try:
-                    p.copy_(state[name])  # (1, in, out) fills (E, in, out)
+                    p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
                 except (KeyError, RuntimeError) as e:
                     raise UserError(f'{name} does not fit this model: choose weights of its shape.') from e
 
@@ -436,6 +440,11 @@ class Lory(nn.Module):
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens: give it 1 to block_size={self.config.block_size}.')
+        if idx.device != self.embed.weight.device:
+            raise UserError(f'the prompt is on {idx.device}: move it to {self.embed.weight.device}, to the model.')
+        if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
+            raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
+                            "model's own tokenizer.")
         caches = [Cache(self.config.block_size, reroute) for _ in self.blocks]
         x, e = self.trunk(idx, caches)
         return self.head(x[:, -1]), torch.stack(e, 1), caches
@@ -526,14 +535,12 @@ def run_script(main):
     sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as e:
         sentence = str(e)
     except torch.OutOfMemoryError:
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os._exit(1)
     if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine speaks for all
         print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
     sys.exit(2)
@@ -560,14 +567,13 @@ def atomic_open(path, mode='wb', **kw):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException as error:
-        with suppress(OSError):
+    except (OSError, RuntimeError) as e:  # torch.save raises the latter in the midst of the former
+        reason = getattr(e.__context__ or e, 'strerror', e)
+        raise UserError(f'cannot write {path} ({reason}), and what was there is unchanged: free some space or '
+                        'choose another folder.') from e
+    finally:
+        with suppress(OSError):  # it is there only if something failed
             os.remove(tmp)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save wraps it
-        if isinstance(cause, OSError):
-            raise UserError(f'cannot write {path} ({cause.strerror}), and what was there is unchanged: free '
-                            'some space or choose another folder.') from error
-        raise
 
 
 FORMAT = 2  # of checkpoints
@@ -581,13 +587,14 @@ def save_checkpoint(path, model, state=None, **rest):
         torch.save(dict(rest, format=FORMAT, layer=model.layer_name, config=config, model=state), f)
 
 
-def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format."""
-    ckpt = {}
+def read_checkpoint(path, mmap=False):
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. With mmap its
+    tensors stay in the file, and are read where they are used."""
+    ckpt, one = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine checks the file
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is None:  # torch.load does not look at the checksums
-                ckpt = torch.load(path, map_location='cpu', weights_only=True)
+            if not one or archive.testzip() is None:  # torch.load does not look at the checksums
+                ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror}): choose another, or run python train.py.') from e
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
@@ -604,7 +611,5 @@ def load_checkpoint(path, device='cpu', build=Lory):
     `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for a layer of your own."""
     ckpt = read_checkpoint(path)
     model = build(LoryConfig(**ckpt['config']))
-    if model.layer_name != ckpt['layer']:
-        raise UserError(f'{path} has layers of type {ckpt["layer"]}: use the script that trained it.')
-    model.fill(ckpt['model'])
+    model.fill(ckpt['model'], ckpt['layer'])
     return model.eval().to(device), ckpt

@@ -222,6 +222,10 @@ def test_models_of_one_seed_begin_as_the_same_function_with_1_and_with_8_experts
     for name, p in dense.named_parameters():
         assert torch.equal(p.expand_as(model.get_parameter(name)), model.get_parameter(name))
     assert_close(model(idx)[0], dense(idx)[0])
+    with torch.device('meta'):
+        later = Lory(tiny_config(tie_embeddings=False))
+    later.to_empty(device='cpu').init_weights(1337)  # as a rank does under --shard
+    assert_close(later.state_dict(), Lory(tiny_config(tie_embeddings=False)).state_dict(), rtol=0, atol=0)
     drawn = [p for seed in (1337, 1) for p in Lory(tiny_config(), seed=seed).parameters() if p.std() > 0]
     assert len({p.flatten()[0].item() for p in drawn}) == len(drawn) == 26, 'no two parameters begin alike'
 
@@ -363,6 +367,10 @@ def test_configs_and_prompts_that_cannot_be_are_refused():
         with refused(name):
             tiny_config(**{name: value})
     model, zeros = Lory(tiny_config()), partial(torch.zeros, dtype=torch.long)
+    for wrong, word in ((zeros(1, 5) + 50, 'outside'), (zeros(1, 5) - 1, 'outside'),
+                        (torch.empty(1, 5, device='meta'), 'is on meta')):
+        with refused(word):
+            model.generate(wrong, 3)
     for read, *shape in ((model.prefill, 1, 0), (model.prefill, 1, 25), (model.specialize, 2, 5)):
         with refused('block_size=24|one prompt'):
             read(zeros(shape))
@@ -1092,8 +1100,10 @@ def test_the_losses_of_twenty_steps_are_those_on_record(tmp_path, monkeypatch):
     """On data from a formula, with dense warm-up to step 5 and clipping. Other losses mean other training."""
     i, bounds = np.arange(3000), np.array([0, 3000])
     text = SimpleNamespace(tokens=(i * i // 7 + 5 * (i % 4)) % 50, start=bounds, domain=np.array([0]))
-    data = SimpleNamespace(meta=dict(domains=['text'], sha256={}), train=text, val=text,
-                           tokenizer=dict(tokens=['AA=='] * 49, special_tokens={'<|endoftext|>': 49}))
+    tokenizer = prepare.make_tokenizer('byte')
+    tokenizer.update(tokens=tokenizer['tokens'][:49], special_tokens={'<|endoftext|>': 49})
+    data = SimpleNamespace(meta=dict(domains=['text'], sha256={}, train=dict(bytes=3000)), train=text, val=text,
+                           tokenizer=tokenizer)
     monkeypatch.setattr(prepare, 'load_dataset', lambda *a: data)
     run_script(train, tmp_path, *TINY, '--max_iters=20', '--dense_warmup=.25', '--learning_rate=.01',
                '--grad_clip=.5', '--out_dir=out')

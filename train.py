@@ -32,8 +32,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import prepare
@@ -109,16 +110,19 @@ def main(argv=None, build=Lory):
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
     token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer), device=device)  # (V,)
+    decode = prepare.load_tokenizer(data.tokenizer).decode
 
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
-    model = build(config, seed=args.seed)  # E equal experts: until they are untied, the dense model
-    if saved:
-        check_fit(saved, args, model, data)
-        model.fill(saved['model'])  # a dense checkpoint fills every expert
-    equal = all((p == p[:1]).all() for p in model.parameters() if p.dim() == 3)
-    tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
+    with torch.device('meta' if args.shard else 'cpu'):  # a model to be split is born without memory
+        model = build(config, seed=args.seed)  # E equal experts: until they are untied, the dense model
     running = wrap(model, args, device, world)  # on its device; under DDP, FSDP2 or compile
+    if saved:
+        check_fit(saved, args, data)
+        with implicit_replication():  # each rank takes its share of the whole tensors
+            model.fill(saved['model'], saved['layer'])  # a dense checkpoint fills every expert
+    equal = saved is None or saved['config']['n_experts'] == 1
+    tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     step, losses, rows = 0, [], []  # what a run carries, beside model, optimiser, scaler and tied_until
     if args.init_from == 'resume':
@@ -129,7 +133,9 @@ def main(argv=None, build=Lory):
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} with learning rate {lr:.2e} (it was planned to be {planned:.2e})')
     saved = None  # free its memory
+    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64), to be continued
     tokens_per_step = args.batch_size * args.block_size
+    bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
     say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(windows)} domains')
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
@@ -210,6 +216,10 @@ def main(argv=None, build=Lory):
                 + (f', {row["later_bpb"]:.4f} after segment 1 | ' if later else ' | ')
                 + (f'experts in use {100 * row["experts"]:.0f}% | ' if 'experts' in row else '')
                 + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in windows))
+            with torch.compiler.set_stance('force_eager'):  # each token's cache has another shape
+                greedy = model.generate(prompt, 40, temperature=0)  # (1, 40), made by all ranks together
+            before, after = decode(prompt[0, -12:].tolist()), decode(greedy[0].tolist())
+            say(f'step {step:6d} | goes on | {before!r} + {after!r}')
             if not math.isfinite(row['val_bpb']):
                 raise UserError(f'the validation loss of step {step} is not finite: lower --learning_rate.')
 
@@ -223,7 +233,7 @@ def main(argv=None, build=Lory):
                 if validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
                 if validate:
-                    plot(args.out_dir, rows, list(windows), tied_until, routing.numpy())
+                    plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
                 write_log(f'{args.out_dir}/log.csv', rows)
                 # ckpt.pt comes last: a run killed before this makes all of the above again.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
@@ -244,37 +254,36 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'n_experts', 'tie_embeddings'}
+SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}  # cannot change with --init_from=FILE
 FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'dense_warmup', 'seed',
-         'eval_windows'}
+         'eval_windows'}  # cannot change within a run
 
 
 def read_settings(argv):
     """-> the flags, and the checkpoint that the run starts from or None. Its settings become the defaults, so
     that only what is to change need be said."""
-    parser, saved, defaults = flags(), None, {}
+    parser, saved, defaults, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
-    resume, latest = args.init_from == 'resume', f'{args.out_dir}/ckpt.pt'
-    if resume:
-        saved = read_checkpoint(latest)
+    latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # several map one file into memory
+    if args.init_from == 'resume':
+        saved, fixed = read_checkpoint(latest, mmap=several), FIXED
         if 'args' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
         defaults = saved['args'] | dict(out_dir=args.out_dir)
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
-        saved = read_checkpoint(args.init_from)
+        saved, fixed = read_checkpoint(args.init_from, mmap=several), SHAPE
         defaults = {f.name: saved['config'][f.name] for f in MODEL_FIELDS}
     parser.set_defaults(**PRESETS[args.preset] | defaults)
     args = parser.parse_args(argv)
-    for name in sorted(defaults.keys() & (FIXED if resume else SHAPE)):
-        from_dense = name == 'n_experts' and defaults[name] == 1 and not resume  # fills any number of experts
-        if getattr(args, name) != defaults[name] and not from_dense:
+    for name in sorted(fixed):
+        if getattr(args, name) != defaults[name]:
             raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
-    if resume and args.max_iters < saved['step']:
+    if args.init_from == 'resume' and args.max_iters < saved['step']:
         raise UserError(f'the run is at step {saved["step"]} already: raise --max_iters={args.max_iters}.')
-    if args.shard and ('RANK' not in os.environ or args.dtype == 'float16' or args.compile):
-        raise UserError('shard=True needs torchrun, and neither float16 nor compile: or say --shard=False.')
+    if args.shard and (not several or args.dtype == 'float16'):
+        raise UserError('shard=True needs torchrun, and not dtype=float16: or say --shard=False.')
     return args, saved
 
 
@@ -303,10 +312,8 @@ def pick_device(args):
     return device, getattr(torch, dtype)
 
 
-def check_fit(saved, args, model, data):
-    """UserError if the checkpoint to start from fits neither the model's layers nor the data."""
-    if saved['layer'] != model.layer_name:
-        raise UserError(f'the checkpoint has layers of type {saved["layer"]}: use the script that made it.')
+def check_fit(saved, args, data):
+    """UserError if the checkpoint to start from does not fit the data."""
     if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
         raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before, or '
                         'start another run with another --out_dir.')
@@ -352,7 +359,14 @@ def wrap(model, args, device, world):
     if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
         mesh = init_device_mesh(device.split(':')[0], (world,))
         for part in (*model.blocks, model):
+            if args.compile and part is not model:
+                part.compile()
             fully_shard(part, mesh=mesh, shard_placement_fn=partial(split_dimension, world=world))
+        model.to_empty(device=device)
+        with implicit_replication():  # each rank keeps its share of what is drawn
+            model.init_weights(args.seed)
+        for name in ('prefill', 'decode'):  # so that they gather parameters too
+            register_fsdp_forward_method(model, name)
         return model
     model.to(device)
     running = torch.compile(model) if args.compile else model
@@ -487,27 +501,26 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
-def plot(out_dir, rows, domains, tied_until, routing):
+def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
     from matplotlib.figure import Figure  # here, for it takes a second that --help should not
     from matplotlib.font_manager import FontProperties, findfont, get_font
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # for want of a font
               for d, name in enumerate(domains, 1)]
-
-    figures = {'loss.png': Figure(figsize=(11, 3.8), layout='constrained')}
-    left, right = figures['loss.png'].subplots(1, 2)
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
-    left.plot([r['step'] for r in train], [r['loss'] for r in train], color='0.3', lw=1.2)
-    left.set(xlabel='step', ylabel='training loss (nats per token)')
-    if tied_until:
-        left.axvline(tied_until, color='0.7', ls=':', label='end of dense warm-up')
-        left.legend()
+
+    loss = Figure(figsize=(8, 4.5), layout='constrained')
+    ax, bits = loss.subplots(), math.log(2) * bytes_per_token  # a byte, from nats a token
+    ax.plot([r['step'] for r in train], [r['loss'] / bits for r in train], color='0.75', label='training')
     for name, label in zip(domains, labels):
-        right.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', label=label)
-    right.plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k--', label='mean')
-    right.set(xlabel='step', ylabel='validation (bits per byte)')
-    right.legend()
+        ax.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', lw=1, label=label)
+    ax.plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k', lw=2, label='mean')
+    ax.axvline(tied_until, color='0.75', ls=':', label='end of dense warm-up' if tied_until else None)
+    ax.set(xlabel='step', ylabel='bits per byte', title='training, and validation by domain',
+           ylim=(None, 1.1 * max(val[0][f'bpb_{name}'] for name in domains)))
+    ax.legend(fontsize=8)
+    figures = {'loss.png': loss}
 
     n_layer, E = routing.shape[1:]
     if E > 1 and rows[-1]['step'] > tied_until:  # before, the router is still as it was drawn
@@ -518,7 +531,8 @@ def plot(out_dir, rows, domains, tied_until, routing):
                               extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
             ax.set(title=f'layer {layer + 1}', xlabel='expert')
             ax.set_yticks(range(len(domains)), labels)
-        fig.colorbar(image, ax=axes, label='mean routing weight')
+        bar = fig.colorbar(image, ax=axes, label='mean routing weight')
+        bar.ax.axhline(1 / E, color='w')  # all experts alike
     for name, fig in figures.items():
         with atomic_open(f'{out_dir}/{name}') as f:
             fig.savefig(f, format='png', dpi=110)
