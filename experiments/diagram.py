@@ -11,16 +11,17 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from lory import atomic_open, make_parser, run_script
 
-E, COLORS = 4, plt.get_cmap('Set2').colors
-# Made up. Real ones are in a run's experts.png.
-WEIGHTS = [[.25, .25, .25, .25], [.08, .60, .22, .10], [.62, .08, .10, .20]]
-TEXTS = ['def area(r):        \n    return pi * r**2', '>>> area(1)\n3.141592653589793',
-         'The area of a disc of\nradius r is πr².']
-TOKENS = ['1 … T', 'T+1 … 2T', '2T+1 … 3T']
+COLORS = ['#66c2a5', '#fc8d62', '#8da0cb', '#e78ac3']  # of the four experts
+WEIGHTS = [[.25, .25, .25, .25], [.08, .66, .18, .08], [.10, .62, .20, .08], [.66, .08, .08, .18]]  # made up
+TEXTS = ['def area(r):\n    return pi * r**2', 'def ring(a, b):\n    return area(b) \\\n        - area(a)',
+         'A disc of radius r\nhas the area πr².', 'A ring is what is\nleft of a disc when\none is cut out.']
+KINDS = ['code', 'code', 'prose', 'prose']
+STEP, LEFT, WIDTH = 8.2, 4.2, 7.2  # from segment to segment; of the first; of each
+LAG = '#c0392b'
 
 
-def box(ax, x, y, w, h, text, color='white', **kw):
-    ax.add_patch(plt.Rectangle((x, y), w, h, fc=color, ec='0.25', lw=1.2))
+def box(ax, x, y, w, h, text='', color='white', **kw):
+    ax.add_patch(plt.Rectangle((x, y), w, h, fc=color, ec='0.25', lw=1.1))
     ax.text(x + w / 2, y + h / 2, text, ha='center', va='center', **dict(dict(fontsize=9), **kw))
 
 
@@ -29,42 +30,56 @@ def arrow(ax, start, end, color='0.25', **kw):
 
 
 def segment(ax, k):
-    """Segment k: its tokens below, its weights as one bar, its merged FFN above, and how it routes the
-    next."""
-    x = 3 + 9.2 * k
-    box(ax, x, 0.4, 7, 2.2, TEXTS[k], '#f4f1ea', family='monospace', fontsize=8.5, linespacing=1.4)
-    ax.text(x + 3.5, 0, f'segment {k + 1}: tokens {TOKENS[k]}', ha='center', va='top', fontsize=8.5)
-    box(ax, x + 3.4, 9.6, 3.6, 3, '', tuple(np.dot(WEIGHTS[k], COLORS[:E])))
-    ax.text(x + 5.2, 11.1, f'merged FFN\n$\\sum_i\\, e_{{{k + 1},i}}\\,\\theta_i$', ha='center', va='center',
-            fontsize=10)
-    left = x + 3.4
+    """Segment k from its text up: attention, hidden states, its FFN; and how it routes the next one."""
+    x = LEFT + STEP * k
+    mix, tokens = x + 3.2, x + 6.4  # where the weights stand, where the hidden states run
+    box(ax, x, 0.6, WIDTH, 2.5, TEXTS[k], '#f4f1ea', family='monospace', fontsize=8, linespacing=1.4,
+        ma='left')
+    ax.text(x + WIDTH / 2, 0.2, f'segment {k + 1}: {KINDS[k]}', ha='center', va='top', fontsize=9)
+    for up in (mix - 1.6, tokens):
+        arrow(ax, (up, 3.1), (up, 3.9))
+    arrow(ax, (tokens, 5.1), (tokens, 11.4), linestyle=':')
+
+    left = mix - 0.4
     for share, color in zip(WEIGHTS[k], COLORS):
-        ax.add_patch(plt.Rectangle((left, 8.1), 2.4 * share, 0.7, fc=color, ec='0.25', lw=0.8))
-        left += 2.4 * share
-    ax.text(x + 3.2, 8.45, f'$e_{k + 1}$', ha='right', va='center', fontsize=11)
-    arrow(ax, (x + 4.6, 8.9), (x + 4.6, 9.5))
-    arrow(ax, (x + 6.4, 2.7), (x + 6.4, 9.5), linestyle=':')  # the segment's own tokens run through its FFN
-    arrow(ax, (x + 5.2, 12.7), (x + 5.2, 13.9))
-    if k < 2:
-        box(ax, x + 0.2, 4.2, 4.4, 1.5, 'mean → router\n→ softmax', '#dfe8f2')
-        arrow(ax, (x + 2.4, 2.7), (x + 2.4, 4.1))
-        arrow(ax, (x + 2.4, 5.8), (x + 9.2 + 3.3, 7.95), '#c0392b',
-              connectionstyle='angle3,angleA=0,angleB=60')
+        ax.add_patch(plt.Rectangle((left, 9.6), 2.8 * share, 0.8, fc=color, ec='0.25', lw=0.8))
+        left += 2.8 * share
+    ax.text(mix - 0.6, 10, f'$e_{k + 1}$', ha='right', va='center', fontsize=11)
+    arrow(ax, (mix + 1, 10.4), (mix + 1, 11.4))
+    box(ax, mix - 0.4, 11.5, 4.3, 2.1, f'merged FFN\n$\\Sigma_i\\; e_{{{k + 1},i}}\\, \\theta_i$',
+        tuple(np.dot(WEIGHTS[k], [matplotlib.colors.to_rgb(color) for color in COLORS])))
+    arrow(ax, (mix + 0.6, 15.2), (mix + 0.6, 13.7), '0.55')  # all experts come down into the mix
+    arrow(ax, (tokens - 1.2, 13.6), (tokens - 1.2, 14.8))
+
+    arrow(ax, (mix - 1.6, 5.1), (mix - 1.6, 6))
+    last = k == len(TEXTS) - 1
+    box(ax, x, 6, 3.4, 1.7, 'mean, router,\nsoftmax', '#dfe8f2', fontsize=8.5)
+    if last:
+        ax.text(x + 3.6, 6.85, 'routes\nnothing', va='center', fontsize=8.5, color=LAG)
+    else:
+        arrow(ax, (x + 1.7, 7.7), (mix + STEP - 0.5, 9.5), LAG, connectionstyle='angle3,angleA=0,angleB=60')
 
 
 def main():
     make_parser(__doc__).parse_args()
-    fig, ax = plt.subplots(figsize=(10, 4.6), layout='constrained')
-    ax.set(xlim=(0, 30), ylim=(0, 14))
+    fig, ax = plt.subplots(figsize=(11, 5.2), layout='constrained')
+    ax.set(xlim=(0, LEFT + 4 * STEP), ylim=(-0.8, 16.6))
     ax.axis('off')
-    for k in range(3):
+    right = LEFT + 4 * STEP - 1
+    box(ax, LEFT, 3.9, right - LEFT, 1.2, 'attention to all earlier tokens, and norm: the hidden states that '
+        'enter the FFN', '#eeeeee')
+    for k in range(len(TEXTS)):
         segment(ax, k)
-    box(ax, 0.1, 6.4, 2.7, 1.4, 'learned\nprior', '#dfe8f2')
-    arrow(ax, (2.9, 7.2), (6.3, 8.1), '#c0392b')
-    ax.text(7.3, 6.4, 'one segment later', color='#c0392b', fontsize=9, ha='center')
-    ax.text(28.3, 6, 'its tokens', fontsize=9, ha='right', rotation=90, va='center')
-    for i in range(E):
-        box(ax, 0.1, 12.9 - 0.95 * i, 2.7, 0.75, f'expert $\\theta_{i + 1}$', COLORS[i])
+    for i, color in enumerate(COLORS):
+        box(ax, 0.1, 14.7 - 1.1 * i, 3, 0.85, f'expert $\\theta_{i + 1}$', color)
+    ax.plot([3.1, LEFT + 3 * STEP + 3.8], [15.2, 15.2], color='0.55', lw=1.4)
+    ax.text(right, 15.5, 'to the next block (n_layer in all)', ha='right', fontsize=9)
+    box(ax, 0.1, 9.2, 3, 1.6, 'learned\nprior', '#dfe8f2')
+    arrow(ax, (3.2, 10), (LEFT + 2.1, 10), LAG)
+    ax.text(LEFT + 3.6, 6.85, 'routes the\nnext one', va='center', fontsize=8.5, color=LAG)
+    ax.text(LEFT + 2 * STEP + 2.5, 12.5, 'prose, but still\nrouted by code', va='center', fontsize=8.5, color=LAG,
+            ha='right')
+    ax.text(right, -0.6, 'the weights are made up', ha='right', fontsize=7.5, color='0.5')
     with atomic_open(f'{ROOT}/assets/lory.png') as f:
         fig.savefig(f, format='png', dpi=110)
 
