@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
 from lory import Lory, LoryConfig, LoryFFN, add_flag, atomic_open, make_parser, number, run_script
-from token_moe import ExpertChoiceFFN
+from token_moe import ExpertChoiceFFN, MixtralFFN, SwitchFFN
 from train import PRESETS, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,8 +38,14 @@ VARIANTS = {  # name -> what differs from the size's config
     'E=8 kept': dict(n_experts=8),
     'E=8 checkpointed': dict(n_experts=8),
     'E=8 expert choice': dict(n_experts=8),
+    'E=8 switch': dict(n_experts=8),
+    'E=8 mixtral': dict(n_experts=8),
 }
-LAYERS = {'E=8 expert choice': ExpertChoiceFFN}  # of variants that have no LoryFFN
+LAYERS = {  # of variants that have no LoryFFN
+    'E=8 expert choice': ExpertChoiceFFN,
+    'E=8 switch': SwitchFFN,
+    'E=8 mixtral': MixtralFFN,
+}
 PAPER = {name: value for name, value in PRESETS['0.3b'].items() if hasattr(LoryConfig, name)}
 SIZES = {  # name -> config, sequences a step
     'default': (dict(), 4),

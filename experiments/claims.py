@@ -67,9 +67,18 @@ GROUPS = {  # in the order in which they are made
     # Domains further apart: manual pages in five languages.
     'dense half languages': '--n_experts=1 --dataset=languages --max_iters=3000',
     'e8 half languages': '--n_experts=8 --segment_len=64 --dataset=languages --max_iters=3000',
+    # Each token goes to its best experts: one of 8, or two of 16 of half the width.
+    'e8 half switch': '--n_experts=8 --max_iters=3000',
+    'e8 half mixtral': '--n_experts=8 --max_iters=3000',
+    'e8 half switch no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
+    'e8 half mixtral no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
 }
 SCRIPTS = {  # what trains a group, if not train.py
-    'e8 half expert choice': 'experiments/token_moe.py',
+    'e8 half expert choice': 'experiments/token_moe.py --layer=expert_choice',
+    'e8 half switch': 'experiments/token_moe.py --layer=switch',
+    'e8 half mixtral': 'experiments/token_moe.py --layer=mixtral',
+    'e8 half switch no warm-up': 'experiments/token_moe.py --layer=switch',
+    'e8 half mixtral no warm-up': 'experiments/token_moe.py --layer=mixtral',
     'e8 half T256 short': 'experiments/short_first.py',
 }
 DATASETS = {  # the flags of prepare.py that make each
@@ -86,6 +95,9 @@ TABLES = {  # title -> (baseline, groups compared with it)
     'Half as long': ('dense half', ['dense half longer', 'e2 half', 'e8 half', 'e8 half prefix',
                                     'e8 half expert choice', 'e8 half no warm-up', 'e8 half self',
                                     'e8 half T32', 'e8 half T128', 'e8 half T256', 'e8 half T256 short']),
+    'Token choice': ('dense half', ['e8 half', 'e8 half T256', 'e8 half expert choice', 'e8 half switch',
+                                    'e8 half switch no warm-up', 'e8 half mixtral',
+                                    'e8 half mixtral no warm-up']),
     'Half as long, width 32': ('dense half width 32', ['e8 half width 32']),
     'Half as long, wider FFN': ('dense half H 512', ['e8 half H 512']),
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
@@ -97,8 +109,9 @@ TABLE = 'runs.csv'
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
-    command = [sys.executable, f'{ROOT}/{SCRIPTS.get(group, "train.py")}', *GROUPS[group].split(),
-               f'--seed={seed}', '--dtype=float32', '--eval_interval=1500', f'--out_dir={out}']
+    script, *layer = SCRIPTS.get(group, 'train.py').split()
+    command = [sys.executable, f'{ROOT}/{script}', *layer, *GROUPS[group].split(), f'--seed={seed}',
+               '--dtype=float32', '--eval_interval=1500', f'--out_dir={out}']
     if os.path.exists(f'{out}/ckpt.pt'):
         command.append('--init_from=resume')  # train.py refuses if the run's flags are others
     with open(f'{out}.log', 'a') as output:
