@@ -414,7 +414,8 @@ class Lory(nn.Module):
                 try:
                     p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
                 except (KeyError, RuntimeError) as e:
-                    raise UserError(f'{name} does not fit this model: choose weights of its shape.') from e
+                    raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
+                                    'model the n_experts and sizes of these weights.') from e
 
     def num_params(self, active=False):
         """Parameters, or only the active ones, which one token meets."""

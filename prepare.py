@@ -24,7 +24,6 @@ import hashlib
 import heapq
 import json
 import os
-import random
 import re
 import sys
 import tempfile
@@ -48,6 +47,7 @@ TWIN = 0.8              # Jaccard similarity from which two documents are near-d
 SHARD = 100_000         # documents chained together, at most
 MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
 MIN_VAL = 64            # bytes of a domain held out, at least; below four times that it is not measured
+HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # factors of a 9-gram's characters
 LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
 DOMAINS = ['prose', 'repl', 'python', 'tests', 'cpp']  # of the built-in corpus
 Document = namedtuple('Document', 'text domain source')  # a source is a file, or a record of a .jsonl
@@ -55,10 +55,8 @@ Split = namedtuple('Split', 'tokens start domain')  # (n_tokens,) mapped from di
 Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Splits
 
 
-def say(label, text, began=None):
-    """Print one aligned line of the report, with the seconds since the script began."""
-    seconds = f'{time.perf_counter() - began:7.1f} s' if began else ''
-    print(f'{label:<18} {text:<72}{seconds}'.rstrip(), flush=True)
+def say(label, text):
+    print(f'{label:<18} {text}', flush=True)
 
 
 def track(label, items):
@@ -138,8 +136,8 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones. Links are followed, and no folder is entered twice. A
-    dataset of ours and a folder that may not be opened are returned as they are."""
+    """The files at or below `path`, but no hidden ones. Links are followed, and no folder is entered twice.
+    Folders to skip are returned like files: a dataset of ours, and what may not be opened."""
     if not path.is_dir() or (path / 'train_docs.npz').exists() or not os.access(path, os.R_OK):
         return [path]
     if path.resolve() in seen:
@@ -151,11 +149,11 @@ def walk(path, seen):
 
 def read_file(path, source, domain):
     """The Documents in one file; none if it is binary. UserError for a line of .jsonl that is no record."""
-    if not path.is_file():  # what `walk` did not open, a broken link, a pipe
+    if not path.is_file():  # a folder to skip, a broken link, a pipe
         return []
     if path.suffix.lower() != '.jsonl':
         text = path.read_text(encoding='utf-8-sig')
-        return [Document(text, domain, source)] if '\0' not in text else []
+        return [] if '\0' in text else [Document(text, domain, source)]
     docs = []
     with open(path, 'rb') as lines:  # bytes, since JSON strings may hold what ends a line of text
         for i, line in enumerate(lines, 1):
@@ -179,12 +177,10 @@ def read_inputs(paths):
     roots = {Path(path).resolve(): path for path in paths}
     if len({root.name for root in roots}) == len(roots):  # otherwise inputs go by their paths as given
         roots = {root: root.name for root in roots}
-    files, seen, docs, skipped = [], set(), [], []
-    for root, name in roots.items():
-        for path in walk(root, seen):
-            inside = path.relative_to(root).parts
-            files.append((path, '/'.join((name, *inside)), inside[0] if len(inside) > 1 else name))
-    for path, source, domain in track('reading', files):
+    seen, docs, skipped = set(), [], []
+    for path, root in track('reading', [(path, root) for root in roots for path in walk(root, seen)]):
+        inside = (roots[root], *path.relative_to(root).parts)
+        source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else inside[0]
         try:
             found = [doc for doc in read_file(path, source, domain) if doc.text.strip()]
         except (OSError, UnicodeDecodeError):
@@ -192,8 +188,7 @@ def read_inputs(paths):
         docs += found
         skipped += [] if found else [source]
     if skipped:
-        more = ', ...' if len(skipped) > 5 else ''
-        say('skipped', f'{len(skipped):,} files, empty or not UTF-8 text: {", ".join(skipped[:5])}{more}')
+        say('skipped', f'{len(skipped):,} files, empty or no UTF-8 text, such as {", ".join(skipped[:5])}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = re.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -203,11 +198,14 @@ def read_inputs(paths):
 # --- What is held out, and which documents count as the same. ---
 
 def unique(docs):
-    """Of texts that are equal but for white space the first stays. -> Documents, [(copy, original), ...]"""
+    """Of texts that are equal but for white space the first stays. -> Documents, [(dropped, twin), ...]"""
     first, copies = {}, []
     for doc in docs:
-        original = first.setdefault(hashlib.sha1(' '.join(doc.text.split()).encode()).digest(), doc)
-        copies += [(doc, original)] if original is not doc else []
+        key = hashlib.sha1(' '.join(doc.text.split()).encode()).digest()
+        if key in first:
+            copies.append((doc, first[key]))
+        else:
+            first[key] = doc
     return list(first.values()), copies
 
 
@@ -220,7 +218,7 @@ def hold_out(docs, val_fraction):
     size = [len(doc.text.encode()) for doc in docs]
     for i, doc in enumerate(docs):
         sources[doc.domain][doc.source].append(i)
-    share, held = min(val_fraction, MAX_VAL / sum(size)), set()
+    share, held = min(val_fraction, MAX_VAL / max(1, sum(size))), set()
     for domain in sorted(sources):
         total = {source: sum(size[i] for i in numbers) for source, numbers in sources[domain].items()}
         whole = sum(total.values())
@@ -234,19 +232,14 @@ def hold_out(docs, val_fraction):
         if room > goal / 2 and not held.issuperset(order):
             source = next(source for source in order if source not in held)
             i = sources[domain][source][-1]
-            head, tail = cut_tail(docs[i].text, int(min(room, size[i] - 1)))
-            docs[i] = docs[i]._replace(text=head)
-            docs.append(Document(tail, domain, f'end of {source}'))
+            text, n_bytes = docs[i].text, int(min(room, size[i] - 1))
+            at = len(text.encode()[:-n_bytes].decode(errors='ignore'))
+            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # a line begins, if one does soon
+            docs[i] = docs[i]._replace(text=text[:at])
+            docs.append(Document(text[at:], domain, f'end of {source}'))
             held.add(docs[-1].source)
     docs = [doc for doc in docs if doc.text.strip()]
     return [doc for doc in docs if doc.source in held], [doc for doc in docs if doc.source not in held]
-
-
-def cut_tail(text, n_bytes):
-    """-> head, tail, which join to `text`. The tail has `n_bytes`, less where a line begins soon."""
-    at = len(text.encode()[:-n_bytes].decode(errors='ignore'))
-    at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at
-    return text[:at], text[at:]
 
 
 def ngrams(text):
@@ -256,41 +249,38 @@ def ngrams(text):
     if not 50 <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
     code = np.frombuffer(text.encode('utf-32-le'), '<u4').astype(np.uint64)
-    grams = np.zeros(len(code) - 8, np.uint64)
-    for i in range(9):
-        grams = (grams ^ code[i:i + len(grams)]) * np.uint64(0x9E3779B97F4A7C15)  # modulo 2^64
-        grams ^= grams >> np.uint64(32)  # the high bits of a product are the well mixed ones
-    grams.sort()
-    return grams[np.append(True, grams[1:] != grams[:-1])]  # np.unique takes thrice as long
+    grams = np.sort(np.convolve(code, HASH, 'valid'))  # modulo 2^64
+    return grams[np.append(True, grams[1:] != grams[:-1])]  # np.unique takes six times as long
 
 
-def near_duplicates(docs, n_held):
-    """The first `n_held` documents are held out and stay; what resembles one of them goes. Of others that
-    resemble each other the first stays. -> {number of a document to drop: number of its twin}
+def near_duplicates(val, train):
+    """A training document that resembles a held-out one goes. Of others that resemble each other the first
+    stays. -> training Documents, [(dropped, twin), ...]
 
     The texts decide: Jaccard similarity of their 9-grams. MinHash proposes: the first hash after a fixed
     point is the same in two sets as often as their similarity says. At similarity 0.8 two documents share
-    13 of 32 bands of four such hashes, at 0.2 none. A band remembers 16 documents, so time and memory
-    grow with their number only, however alike they are."""
-    points, bands = np.arange(128, dtype=np.uint64) << np.uint64(57), np.empty((len(docs), 32), np.uint64)
+    6.5 of 16 bands of four such hashes, at 0.2 none. A band remembers 16 documents and 16 are compared, so
+    time grows with their number only, however alike they are, and so does memory, by 3 KB for each."""
+    docs, kept, twins, members = val + train, [], [], defaultdict(list)
+    points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('near-duplicates', docs)):
         grams = ngrams(doc.text)
-        bands[i] = grams.take(np.searchsorted(grams, points), mode='wrap').reshape(32, 4).sum(1)
-    ordered = np.sort(bands, axis=None)
-    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    members, twins = defaultdict(list), {}
-    for i, row in enumerate(bands):
-        shared = [band for band in row.tolist() if band in repeated]
-        likely = Counter(j for band in shared for j in members[band]).most_common(16) if i >= n_held else []
-        grams = ngrams(docs[i].text) if likely else None
-        for j, _ in likely:
+        bands = grams.take(np.searchsorted(grams, points), mode='wrap').reshape(16, 4).sum(1).tolist()
+        likely = Counter(j for band in bands for j in members.get(band, [])).most_common(16)
+        found = []
+        for j, _ in likely if i >= len(val) else []:
             others = ngrams(docs[j].text)
             both = len(np.intersect1d(grams, others, assume_unique=True))
             if both / (len(grams) + len(others) - both) >= TWIN:
-                twins[i] = min(j, twins.get(i, j))  # a held-out one if there is one
-        for band in shared if i not in twins else []:
-            members[band] += [i] if len(members[band]) < 16 else []
-    return twins
+                found.append(j)
+        if found:
+            twins.append((doc, docs[min(found)]))  # a held-out one if there is one
+            continue
+        kept.append(doc)
+        for band in bands:
+            if len(members[band]) < 16:
+                members[band].append(i)
+    return kept[len(val):], twins
 
 
 # --- Similarity (Sec. 3.2, App. C): documents as vectors, nearest neighbours, one walk through all. ---
@@ -311,7 +301,6 @@ def embed(texts):
     except ValueError:  # no term is left: these documents share no word
         return csr_matrix((len(texts), 1))
     X.data = np.round(X.data * 2**16) / 2**16
-    X.eliminate_zeros()
     return X
 
 
@@ -380,16 +369,15 @@ def train_bpe(texts, n_tokens):
     frequent pair; of equal pairs the first in byte order. Fewer when no pair is left that occurs twice.
 
     A word is a string with one character for each token, so str.split finds a pair. A merge changes the
-    counts of a few pairs only. A pair whose count grows is pushed onto the heap again; an entry whose count
-    has shrunk is noticed when it comes up, and put back where it belongs."""
-    parts, counts, room = [part for text in texts for part in in_parts(text)], Counter(), 500 * n_tokens
-    random.Random(0).shuffle(parts)
-    for part in track('tokenizer', parts):
-        found = [word for word in regex.findall(PATTERN, part) if len(word) <= 100]  # endless: no use
-        room -= sum(len(word.encode()) for word in set(found) if word not in counts)
+    counts of a few pairs only, and these are pushed onto the heap again."""
+    parts, counts, room = [part for text in texts for part in in_parts(text)], Counter(), 150 * n_tokens
+    for i in track('tokenizer', np.random.default_rng(0).permutation(len(parts))):
+        found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # endless: no use
+        new = [word.encode() for word in set(found) - counts.keys()]
+        room -= sum(len(word) for word in new if len(word) > 16)
         counts.update(found)
-        # Text without blanks has clauses for words, nearly all of them new. To read on would take long, and
-        # not change which pairs are frequent. English has as many different words in some 30 MB.
+        # Text without blanks has clauses for words, nearly all of them long and new. Merging them takes
+        # long, and more would hardly change which pairs are frequent. English has as many in some 50 MB.
         if room < 0:
             break
     words, times = [word.encode().decode('latin-1') for word in counts], list(counts.values())
@@ -409,8 +397,7 @@ def train_bpe(texts, n_tokens):
     progress = track('tokenizer', range(256, n_tokens))
     while heap and heap[0][0] <= -2 and len(tokens) < n_tokens:
         count, left, right, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:
-            heapq.heappush(heap, entry(pair))
+        if -count != pairs[pair]:  # outdated: the pair was pushed again when its count changed
             continue
         next(progress, None)
         a, b = pair
@@ -431,8 +418,7 @@ def train_bpe(texts, n_tokens):
         change[pair] = -pairs[pair]  # none is left, and none of those that overlap, as in aaa
         for other, by in change.items():
             pairs[other] += by
-            if by > 0:
-                heapq.heappush(heap, entry(other))
+            heapq.heappush(heap, entry(other))
     return list(tokens)
 
 
@@ -450,18 +436,17 @@ def make_tokenizer(name, vocab_size=0, texts=()):
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
         pattern, special = PATTERN, {EOT: len(tokens)}
-    elif name in tiktoken.list_encoding_names():
+    else:
         try:
             encoding = tiktoken.get_encoding(name)  # downloads, unless it has before
-        except (OSError, ValueError):  # no network, or not the file that was expected
-            raise UserError(f'{name} could not be downloaded; --tokenizer=bpe needs no network.') from None
+        except (OSError, ValueError):
+            names = ', '.join(tiktoken.list_encoding_names())
+            raise UserError(f'--tokenizer={name} is not known or could not be had; --tokenizer=bpe needs '
+                            f'no network, others are byte, a file, {names}.') from None
         # Its underscored attributes are tiktoken's documented way to extend it.
         pattern, special, ranks = encoding._pat_str, encoding._special_tokens, encoding._mergeable_ranks
         byte_of = {rank: token for token, rank in ranks.items()}
         tokens = [byte_of.get(rank, b'') for rank in range(max(byte_of) + 1)]  # p50k has a gap in its ranks
-    else:
-        raise UserError(f'--tokenizer={name} is not known; choose bpe, byte, a file or one of '
-                        f'{", ".join(tiktoken.list_encoding_names())}.')
     return {'name': name, 'pattern': pattern, 'special_tokens': special,
             'tokens': [base64.b64encode(token).decode() for token in tokens]}
 
@@ -507,16 +492,16 @@ def save_dataset(path, splits, tokenizer, meta):
             new.mkdir()
             (new / 'tokenizer.json').write_text(json.dumps(tokenizer))
             for split, docs in splits.items():
-                start = np.zeros(len(docs) + 1, '<i8')
+                start = [0]
                 with open(new / f'{split}.bin', 'wb') as f:
-                    for i, doc in enumerate(track(f'{split}.bin', docs)):
+                    for doc in track(f'{split}.bin', docs):
                         f.write(np.array([eot], dtype))
                         for part in in_parts(doc.text):
                             f.write(np.array(encoding.encode_ordinary(part), dtype))
-                        start[i + 1] = f.tell() // dtype.itemsize
+                        start.append(f.tell() // dtype.itemsize)
                 domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
-                np.savez(new / f'{split}_docs.npz', start=start, domain=domain)
-                meta[split] = {'tokens': int(start[-1]), 'documents': len(docs),
+                np.savez(new / f'{split}_docs.npz', start=np.array(start, '<i8'), domain=domain)
+                meta[split] = {'tokens': start[-1], 'documents': len(docs),
                                'bytes': sum(len(doc.text.encode()) for doc in docs)}
             meta['sha256'] = {file.name: sha256(file) for file in sorted(new.iterdir())}
             (new / 'meta.json').write_text(json.dumps(meta, indent=1))
@@ -539,22 +524,20 @@ def load_dataset(path, block_size):
     cure = f'make it with prepare.py and --dataset={path.name}, in the folder that holds data/.'
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
-        if meta['format'] != FORMAT:
-            raise UserError(f'{path} has data format {meta["format"]}, this is format {FORMAT}; {cure}')
-        for name, checksum in meta['sha256'].items():
-            if sha256(path / name) != checksum:
-                raise UserError(f'{path / name} is not the file that meta.json has the checksum of; {cure}')
-        for split in ('train', 'val'):
-            tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
-            if len(tokens) <= block_size:
-                raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
-                                f'--block_size={block_size}: lower it or add text.')
-            docs = np.load(path / f'{split}_docs.npz')
-            splits.append(Split(tokens, docs['start'], docs['domain']))
-    except OSError as e:
-        raise UserError(f'no dataset: {e.filename} cannot be read ({e.strerror}); {cure}') from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f'{path}/meta.json is damaged; {cure}') from None
+    except (OSError, ValueError) as e:
+        raise UserError(f'no dataset: {path}/meta.json is missing or damaged ({e}); {cure}') from None
+    if meta.get('format') != FORMAT:
+        raise UserError(f'{path} is damaged or has format {meta.get("format")}, not {FORMAT}; {cure}')
+    for name, checksum in meta['sha256'].items():
+        if not os.access(path / name, os.R_OK) or sha256(path / name) != checksum:
+            raise UserError(f'no dataset: {path / name} cannot be read or has another checksum; {cure}')
+    for split in ('train', 'val'):
+        tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
+        if len(tokens) <= block_size:
+            raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
+                            f'--block_size={block_size}: lower it or add text.')
+        docs = np.load(path / f'{split}_docs.npz')
+        splits.append(Split(tokens, docs['start'], docs['domain']))
     return Dataset(meta, json.loads((path / 'tokenizer.json').read_bytes()), *splits)
 
 
@@ -591,10 +574,7 @@ def main(argv=None):
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    n_characters = sum(len(doc.text) for doc in docs)
-    say('read', f'{len(docs):,} documents, {n_characters / 1e6:.2f} M characters', began)
-    if not docs:
-        raise UserError('there is no text in the input: give some.')
+    say('read', f'{len(docs):,} documents, {sum(len(doc.text) for doc in docs) / 1e6:.2f} M characters')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
         raise UserError(f'{len(domains)} domains in the input, 256 is the most: use fewer labels or folders.')
@@ -602,45 +582,39 @@ def main(argv=None):
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)
     if not val:
-        raise UserError(f'too little text to hold some out: no domain has {4 * MIN_VAL} bytes; give more.')
-    both = val + train
-    twins = near_duplicates(both, len(val))
-    train = [doc for i, doc in enumerate(both) if i >= len(val) and i not in twins]
-    leaked = sum(j < len(val) for j in twins.values())
-    say('copies', f'{len(copies):,} documents dropped: their text is that of another')
-    say('near-duplicates', f'{len(twins):,} training documents dropped: {leaked:,} resemble a held-out one, '
-        f'{len(twins) - leaked:,} another training one', began)
-    dropped = copies + [(both[i], both[j]) for i, j in twins.items()]
-    if len(dropped) > len(docs) / 2:
-        say('warning', 'that is more than half of the input; two that count as the same:')
-        for doc in dropped[0]:
-            say('', f'{doc.source}: {" ".join(doc.text.split())[:60]!r}')
+        raise UserError(f'no text, or too little text to hold some out (no domain has {4 * MIN_VAL} bytes): '
+                        'give more.')
+    train, twins = near_duplicates(val, train)
+    say('dropped', f'{len(copies):,} documents whose text is that of another, {len(twins):,} near-duplicates')
+    if len(copies + twins) > len(docs) / 2:
+        dropped, twin = (copies + twins)[0]
+        say('warning', f'that is more than half of the input: {dropped.source} counts as {twin.source}')
     if not train:
         raise UserError('nothing is left to train on beside held-out text and what resembles it: give more.')
     for domain in domains:
-        sizes = [[len(doc.text.encode()) for doc in side if doc.domain == domain] for side in (train, val)]
-        why = ('not measured: too little text' if not sizes[1] else
-               'not trained: the rest resembles what is held out' if not sizes[0] else '')
-        say(f'  {domain}', ''.join(f'{side} {len(size):7,} documents {sum(size):13,} bytes    '
-                                   for side, size in zip(('train', 'held out'), sizes)) + why)
+        trained, held = (sum(len(doc.text.encode()) for doc in side if doc.domain == domain)
+                         for side in (train, val))
+        why = ('not measured: too little text' if not held else
+               'not trained: the rest resembles what is held out' if not trained else '')
+        say(f'  {domain}', f'{trained:13,} bytes to train on {held:11,} held out  {why}'.rstrip())
 
     train, restarts, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
     # Validation is the same for every --order, and domain by domain: each is measured on its own text alone.
     val = [doc for d, domain in enumerate(domains) for doc in arrange(
         [doc for doc in val if doc.domain == domain], 'similar', args.n_neighbors, [args.seed, d])[0]]
-    say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts', began)
+    say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts')
     say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
-    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens', began)
+    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens')
     installed = {d.name: d.version for d in metadata.distributions()}
+    versions = {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {
-        'domains': domains, 'arguments': vars(args), 'seed': args.seed,
-        'versions': {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
+        'domains': domains, 'arguments': vars(args), 'seed': args.seed, 'versions': versions})
     for split in ('train', 'val'):
         n = meta[split]['tokens']
-        say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token', began)
-    say(f'{path}/', 'is ready', began)
+        say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token')
+    say(f'{path}/', f'is ready after {time.perf_counter() - began:.0f} s')
 
 
 if __name__ == '__main__':

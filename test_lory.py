@@ -199,21 +199,6 @@ def test_a_token_is_felt_from_its_own_position_on_and_in_its_own_sequence(how, L
         assert changed_positions(model, idx, t).tolist() == felt
 
 
-def test_where_gradients_flow():
-    """Segment 1 teaches the experts, and of the router at most the prior; segment k hears k - 1 alone."""
-    grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
-    for rule in ('prior', 'self'):
-        ffn = randomize(LoryFFN(tiny_config(first_segment=rule)), scale=1.0)
-        x = torch.randn(2, 24, 16, dtype=torch.float64, requires_grad=True)
-        y = ffn(x)[0].view(2, 4, 6, 16)
-        gate, weight, bias = grad(y[:, 0].sum(), [ffn.gate, ffn.router.weight, ffn.router.bias])
-        assert gate.abs().min() > 0 == weight.abs().max() and (bias.abs().min() > 0) == (rule == 'prior')
-        for k in range(1, 4):
-            dx, weight = grad(y[:, k].sum(), [x, ffn.router.weight])
-            felt = dx.view(2, 4, 6, 16).abs().amax((0, 2, 3)) > 0
-            assert felt.tolist() == [j in (k - 1, k) for j in range(4)] and weight.abs().max() > 0
-
-
 # --- lory.py: how a model begins, and dense warm-up. ---
 
 def test_models_of_one_seed_begin_as_the_same_function_with_1_and_with_8_experts():
@@ -533,7 +518,7 @@ def test_input_kinds(data_docs, tmp_path, capsys, monkeypatch):
         expected |= dict.fromkeys(part, domain)
     assert {doc.text: doc.domain for doc in docs} == expected and len(docs) == len(expected)
     assert len({doc.source for doc in docs}) == len(docs)
-    assert regex.search('6 files, .*: books/broken, books/data/old, books/em.*, ...', capsys.readouterr().out)
+    assert regex.search('6 files, .* as books/broken, books/data/old, books/em.*', capsys.readouterr().out)
 
 
 def test_one_label_is_one_domain(tmp_path, monkeypatch):
@@ -589,7 +574,7 @@ def test_the_cap_and_the_least(monkeypatch, tmp_path, capsys):
     data_jsonl(tmp_path / 'own.jsonl', records)
     data_prepare(tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
     out = capsys.readouterr().out
-    assert regex.search('small +train +1 documents +10 bytes +held out +0 .*not measured: too little', out)
+    assert regex.search('small +10 bytes to train on +0 held out +not measured: too little', out)
     assert out.count('not measured') == 1
 
 
@@ -605,23 +590,24 @@ def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
     train, val = ([' '.join(text.split()) for text, _ in data_read(tmp_path, s)] for s in ('train', 'val'))
     assert sorted(train + val) == sorted(kinds + [data_words(80, 7)]) and len(val) > 10
     out = capsys.readouterr().out
-    assert f' {4 * len(kinds) + 100:,} documents dropped: their text' in out and 'more than half of' in out
-    assert len(regex.findall(r'^ +own\.jsonl:\d+: ', out, regex.M)) == 2
+    assert f'dropped {" " * 11}{4 * len(kinds) + 100:,} documents whose' in out and 'more than half of' in out
+    assert len(regex.findall(r' own\.jsonl:\d+', out)) == 2
 
 
-def data_similarities(docs):
-    """Jaccard similarity of all pairs, from its definition."""
-    texts = [' '.join(doc.text.split()) for doc in docs]
+def data_check_twins(texts, n_held):
+    """near_duplicates against its definition. -> similarities (n, n), {number of a dropped text: its twin's}"""
+    docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
+    texts = [' '.join(text.split()) for text in texts]
     sets = [{text[i:i + 9] for i in range(len(text) - 8)} if len(text) >= 50 else {text} for text in texts]
-    return np.array([[(n := len(a & b)) / (len(a) + len(b) - n) for b in sets] for a in sets])
-
-
-def data_twins(similarity, n_held):
-    twins = {}
-    for i in range(n_held, len(similarity)):
-        found = [j for j in range(i) if j not in twins and similarity[i, j] >= .8]
-        twins |= {i: found[0]} if found else {}
-    return twins
+    similarity = np.array([[(n := len(a & b)) / (len(a) + len(b) - n) for b in sets] for a in sets])
+    expected = {}
+    for i in range(n_held, len(docs)):
+        found = [j for j in range(i) if j not in expected and similarity[i, j] >= .8]
+        expected |= {i: found[0]} if found else {}
+    train, twins = prepare.near_duplicates(docs[:n_held], docs[n_held:])
+    assert twins == [(docs[i], docs[j]) for i, j in expected.items()]
+    assert train == [doc for i, doc in enumerate(docs) if i >= n_held and i not in expected]
+    return similarity, expected
 
 
 def test_near_duplicates_equal_brute_force(data_docs):
@@ -637,51 +623,36 @@ def test_near_duplicates_equal_brute_force(data_docs):
     for _ in range(25):  # all alike, and few of them twins
         texts.append(' '.join(rng.choice(words) if rng.random() < .04 else word for word in words))
     rng.shuffle(texts)
-    docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
-    similarity = data_similarities(docs)
-    expected = data_twins(similarity, 40)
+    similarity, expected = data_check_twins(texts, 40)
     assert len(expected) > 10 and min(expected.values()) < 40 < max(expected.values())
     assert ((similarity > .6) & (similarity < .8)).sum() > 10
-    assert prepare.near_duplicates(docs, 40) == expected
+
+    # A row of texts, each near the next. The held-out one takes along its neighbours, not the whole row.
+    words = data_words(300).split()
+    row = [' '.join(words[i * 8:i * 8 + 120]) for i in (6, 0, 1, 2, 3, 4, 5, 7, 8, 9, 10)]
+    expected = data_check_twins(row, 1)[1]
+    assert list(expected.values()).count(0) == 2 and len(row) - len(expected) >= 4
 
 
 def test_records_of_a_template_and_unrelated_texts_are_kept(data_docs, tmp_path):
     rng, words = random.Random(0), data_words(3000).split()
-    records = [f'The customer {" ".join(rng.choices(words, k=5))} has ordered {rng.random()} pieces and paid '
-               f'{rng.random()} euros. Thank you for your order.' for _ in range(1000)]
-    docs = [Document(text, 'd', str(i)) for i, text in enumerate(records)]
-    assert not prepare.near_duplicates(docs, 100)
-    (tmp_path / 'own').mkdir()
-    for i in (0, 1):  # two texts share each term that TF-IDF keeps, but are not the same
-        (tmp_path / f'own/{i}.txt').write_text(data_docs[i].text)
-    data_prepare(tmp_path, '--input', 'own', '--tokenizer=byte')
-    assert sum(len(text) for text, _ in data_read(tmp_path, 'train') + data_read(tmp_path, 'val')) == sum(
-        len(doc.text) for doc in data_docs[:2])
-
-
-def test_a_cluster_goes_only_as_far_as_it_resembles_the_held_out_document():
-    """A row of texts, each near the next. The held-out one takes along its neighbours, not the whole row."""
-    words = data_words(300).split()
-    texts = [' '.join(words[i * 8:i * 8 + 120]) for i in (6, 0, 1, 2, 3, 4, 5, 7, 8, 9, 10)]
-    docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
-    twins = prepare.near_duplicates(docs, 1)
-    assert twins == data_twins(data_similarities(docs), 1)
-    assert list(twins.values()).count(0) == 2 and len(docs) - len(twins) >= 4
+    docs = [Document(f'The customer {" ".join(rng.choices(words, k=5))} has ordered {rng.random()} pieces and '
+                     f'paid {rng.random()} euros. Thank you for your order.', 'd', str(i)) for i in range(1000)]
+    assert prepare.near_duplicates(docs[:100], docs[100:]) == (docs[100:], [])
+    # Two texts share each term that TF-IDF keeps, but are not the same.
+    data_jsonl(tmp_path / 'own.jsonl', [doc.text for doc in data_docs[:2]])
+    data_prepare(tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
+    stored = data_read(tmp_path, 'train') + data_read(tmp_path, 'val')
+    assert sum(len(text) for text, _ in stored) == sum(len(doc.text) for doc in data_docs[:2])
 
 
 # --- Neighbours and chain. ---
 
-def data_cosine(X):
-    X = X.toarray()
-    return X @ X.T
-
-
 def data_naive_chain(similarity, k, starts):
     """The walk of Sec. 3.2, O(n^2), from the full similarity matrix."""
-    n, left, order = len(similarity), set(range(len(similarity))), []
-    ranked = [[j for j in np.argsort(-similarity[i], kind='stable').tolist()
-               if j != i and similarity[i, j]][:k]
-              for i in range(n)]
+    left, order = set(range(len(similarity))), []
+    ranked = [[j for j in np.argsort(-row, kind='stable').tolist() if j != i and row[j]][:k]
+              for i, row in enumerate(similarity)]
     while left:
         options = [j for j in ranked[order[-1]] if j in left] if order else []
         order.append(options[0] if options else [s for s in starts if s in left][0])
@@ -691,8 +662,8 @@ def data_naive_chain(similarity, k, starts):
 
 def test_neighbours_and_chain_agree_with_brute_force(data_docs):
     from sklearn.neighbors import NearestNeighbors
-    X = prepare.embed([doc.text for doc in data_docs])
-    similarity, n = data_cosine(X), len(data_docs)
+    X, n = prepare.embed([doc.text for doc in data_docs]), len(data_docs)
+    similarity = X.toarray() @ X.toarray().T
     assert np.allclose(np.diag(similarity), 1, atol=1e-3)
     assert np.array_equal(similarity, X.toarray()[:, ::-1] @ X.toarray()[:, ::-1].T)  # exact, so in any order
     neighbours = prepare.nearest(X, 5)
@@ -730,12 +701,6 @@ def test_shards_are_a_permutation(data_docs, monkeypatch):
 
 # --- The tokenizer. ---
 
-def data_unicode(n, seed=0):
-    rng = random.Random(seed)
-    points = [rng.randrange(rng.choice([0x110000, 0x3000, 128])) for _ in range(n)]
-    return ''.join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
-
-
 @pytest.mark.parametrize('name', ['bpe', 'byte'])
 def test_tokenizer_round_trip(name, data_docs):
     d = json.loads(json.dumps(prepare.make_tokenizer(name, 500, [doc.text for doc in data_docs[:100]])))
@@ -744,7 +709,10 @@ def test_tokenizer_round_trip(name, data_docs):
     assert d['special_tokens'] == {'<|endoftext|>': encoding.eot_token} == {'<|endoftext|>': len(d['tokens'])}
     sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)]
     assert prepare.token_bytes(d) == sizes + [0]
-    for text in [data_unicode(20_000), 'a<|endoftext|>b', '', ' ' * 10**6 + 'x', 'q' * 10**6, '\n \t' * 999]:
+    rng = random.Random(0)
+    points = [rng.randrange(rng.choice([0x110000, 0x3000, 128])) for _ in range(20_000)]
+    anything = ''.join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+    for text in [anything, 'a<|endoftext|>b', '', ' ' * 10**6 + 'x', 'q' * 10**6, '\n \t' * 999]:
         tokens = prepare.encode(encoding, text)
         assert encoding.decode(tokens) == text and encoding.eot_token not in tokens
 
@@ -806,7 +774,7 @@ def test_a_tokenizer_from_a_file(data_home, tmp_path):
         stored = data_read(tmp_path, 'train') + data_read(tmp_path, 'val')
         assert ''.join(text for text, _ in stored) == data_words(900)
     for file in ('bare.pt', 'hf.json', 'a.txt'):
-        with pytest.raises(UserError, match='tokenizer|damaged'):
+        with refused('tokenizer|damaged'):
             data_prepare(tmp_path, '--input', 'a.txt', f'--tokenizer={file}')
 
 
@@ -833,7 +801,7 @@ def test_tiktoken_without_network(tmp_path, monkeypatch):
         deaf.bind(('127.0.0.1', 0))  # and does not listen: a proxy that refuses
         for name in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
             monkeypatch.setenv(name, f'http://127.0.0.1:{deaf.getsockname()[1]}')
-        with pytest.raises(UserError, match='--tokenizer=bpe'):
+        with refused('--tokenizer=bpe'):
             data_prepare(tmp_path, '--tokenizer=gpt2')
 
 
@@ -887,55 +855,52 @@ def test_damaged_data_is_refused(name, damage, message, data_home, tmp_path):
     path = shutil.copytree(data_home / 'data/own', tmp_path / 'data/own')
     n = len(prepare.load_dataset(path, 32).val.tokens)
     assert len(prepare.load_dataset(path, n - 1).val.tokens) == n
-    with pytest.raises(UserError, match='too few'):
+    with refused('too few'):
         prepare.load_dataset(path, n)
     data = damage((path / name).read_bytes())
     (path / name).unlink() if data is None else (path / name).write_bytes(data)
-    for folder in (path, tmp_path / 'data/absent'):
-        with pytest.raises(UserError, match=message if folder == path else 'no dataset') as error:
+    for folder, word in (path, message), (tmp_path / 'data/absent', 'no dataset'):
+        with refused(f'{word}.*prepare.py'):
             prepare.load_dataset(folder, 32)
-        assert '\n' not in str(error.value) and 'prepare.py' in str(error.value)
 
 
-@pytest.mark.parametrize('call, number, whole', [('fsync', 6, 1), ('rename', 1, 1), ('rename', 2, 0)])
+@pytest.mark.parametrize('module, call, number, whole', [(np, 'savez', 2, 1), (os, 'rename', 1, 1),
+                                                         (os, 'rename', 2, 0)])
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
-def test_a_failed_prepare_leaves_the_old_data_or_none(call, number, whole, error, data_home, tmp_path):
+def test_a_failed_prepare_leaves_the_old_data_or_none(module, call, number, whole, error, data_home, tmp_path):
     """Wherever a crash or a full disk hits: the reader sees the old dataset whole, or refuses."""
     path = shutil.copytree(data_home / 'data/own', tmp_path / 'data/own')
     shutil.copytree(data_home / 'own', tmp_path / 'own')
-    old, calls, real = prepare.load_dataset(path, 32).meta, [], getattr(os, call)
+    old, calls, real = prepare.load_dataset(path, 32).meta, [], getattr(module, call)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) == number:
             raise error
-        real(*args)
+        real(*args, **kwargs)
 
     failure = pytest.raises((KeyboardInterrupt, UserError), match='|No space left')
     with pytest.MonkeyPatch.context() as patch, failure:
-        patch.setattr(os, call, fail)
+        patch.setattr(module, call, fail)
         data_prepare(tmp_path, *OWN, '--seed=3')
-    if whole:
+    with nullcontext() if whole else refused('no dataset'):
         assert prepare.load_dataset(path, 32).meta == old
-    else:
-        with pytest.raises(UserError, match='no dataset'):
-            prepare.load_dataset(path, 32)
     assert os.listdir(tmp_path / 'data') == ['own'] * whole
 
 
 def test_two_processes_that_write_one_dataset_do_not_meet(data_home, tmp_path, monkeypatch, capsys):
     """As two runs begun side by side on a fresh machine do: both prepare the built-in corpus."""
     shutil.copytree(data_home / 'own', tmp_path / 'own')
-    fsync, calls = os.fsync, []
+    savez, calls = np.savez, []
 
-    def meanwhile(file):
-        calls.append(file)
-        if len(calls) == 3:
+    def meanwhile(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
             data_prepare(tmp_path, *OWN, '--seed=3')
             assert prepare.load_dataset(tmp_path / 'data/own', 32).meta['seed'] == 3
-        fsync(file)
+        savez(*args, **kwargs)
 
-    monkeypatch.setattr(os, 'fsync', meanwhile)
+    monkeypatch.setattr(np, 'savez', meanwhile)
     data_prepare(tmp_path, *OWN)
     expected = prepare.load_dataset(data_home / 'data/own', 32).meta
     assert prepare.load_dataset(tmp_path / 'data/own', 32).meta == expected
@@ -943,7 +908,7 @@ def test_two_processes_that_write_one_dataset_do_not_meet(data_home, tmp_path, m
     data_prepare(tmp_path, *OWN)
     assert 'the dataset that is in data/own/ now will be replaced' in capsys.readouterr().out
     (tmp_path / 'data/own/essay.txt').write_text('a user keeps this here')
-    with pytest.raises(UserError, match='holds essay.txt'):
+    with refused('holds essay.txt'):
         data_prepare(tmp_path, '--input', 'data/own')
     assert (tmp_path / 'data/own/essay.txt').exists() and prepare.load_dataset(tmp_path / 'data/own', 32)
 
@@ -975,9 +940,9 @@ def test_bad_input(argv, message, data_home, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     path = shutil.copytree(data_home / 'data/own', tmp_path / 'data/own')
-    with pytest.raises(UserError, match=message) as error:
+    with refused(message):
         data_prepare(tmp_path, '--dataset=own', *argv.split(' '))
-    assert '\n' not in str(error.value) and prepare.load_dataset(path, 32)
+    assert prepare.load_dataset(path, 32)
 
 
 def test_exit_codes(tmp_path, capsys):

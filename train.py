@@ -273,8 +273,9 @@ def read_settings(argv):
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
-        saved, fixed = read_checkpoint(args.init_from, mmap=several), SHAPE
+        saved = read_checkpoint(args.init_from, mmap=several)
         defaults = {f.name: saved['config'][f.name] for f in MODEL_FIELDS}
+        fixed = SHAPE if saved['config']['n_experts'] == 1 else {*SHAPE, 'n_experts'}  # one fills any number
     parser.set_defaults(**PRESETS[args.preset] | defaults)
     args = parser.parse_args(argv)
     for name in sorted(fixed):
