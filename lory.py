@@ -33,7 +33,7 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs at once: B * N in
+    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N of them in
     e  routing weights (Eq. 3)     h  mean hidden state of a segment             training, B in generation
                                    in, out  D and H, or H and D
 
@@ -56,7 +56,7 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its one sentence names the cure."""
+    """A mistake that the user can mend. Its one sentence says how."""
 
 
 # --- Config. Each field is defined once, here: train.py makes its flag from it, the checkpoint stores it. ---
@@ -155,45 +155,25 @@ class LoryFFN(nn.Module):
         N = math.ceil(L / T)
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
-        if cache is not None:  # generation
-            return self.read_prompt(x, cache) if cache.pos == 0 else self.read_token(x, cache)
+        if cache is not None:
+            return self.read(x, cache)
         if N * T > L:
-            # Pad the last segment. This falsifies its mean, but the last segment's mean routes nothing.
+            # Pad the last segment. The zeros make its mean wrong, but that mean routes nothing.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
         # This equals swiglu(x, *self.merged(e)), in less memory: see lean_swiglu.
         y = lean_swiglu(x.view(B * N, T, D), e.flatten(0, 1), self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
-    def read_prompt(self, x, cache):
-        """Generation: read the prompt (B, L, D) and keep in `cache`, a Cache, the FFN for what follows.
-        The prompt's mean routes once, for the prompt itself too (Sec. 3.1): the model is dense from then on.
-        With cache.reroute, each segment is routed as in training (App. G.2).
-        -> output (B, L, D), routing weights (B, N, E), where N = 1 unless cache.reroute"""
-        if cache.reroute:
-            y, e = self(x)
-            cache.ffn = self.merged(e[:, -1])
-            started = (x.shape[1] - 1) // self.segment_len * self.segment_len
-            cache.total = x[:, started:].sum(1)  # (B, D)
-        else:
+    def read(self, x, cache):
+        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and for
+        every token (B, 1, D) after it. `cache` keeps the merged FFN, see Cache.
+        -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
+        e = None
+        if cache.ffn is None:  # this is the prompt
             e = self.routing_weights(x.mean(1, keepdim=True))  # (B, 1, E)
             cache.ffn = self.merged(e[:, 0])
-            y = swiglu(x, *cache.ffn)
-        return y, e
-
-    def read_token(self, x, cache):
-        """Read one more token (B, 1, D) with the FFN in use. -> output (B, 1, D), None"""
-        T = self.segment_len
-        if cache.reroute:
-            if cache.pos % T == 0 and (self.routing == 'causal' or cache.pos == T):
-                cache.ffn = self.merged(self.routing_weights(cache.total / T))
-                cache.total = 0
-            cache.total = cache.total + x[:, 0]
-        return swiglu(x, *cache.ffn), None
-
-    def active_params(self):
-        """Parameters that one token meets: one merged FFN. The router is left out."""
-        return sum(theta[0].numel() for theta in (self.gate, self.up, self.down))
+        return swiglu(x, *cache.ffn), e
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
@@ -239,7 +219,7 @@ def lean_swiglu(x, e, gate, up, down):
 
 def rotation(pos, hs):
     """Rotary position embedding (arXiv:2104.09864). At position pos, channel pair i turns by the angle
-    pos * 10000^(-2i/hs), so the product of a query and a key depends only on their distance.
+    pos * 10000^(-2i/hs), so queries and keys feel positions through their distance only.
     pos (L,) -> cos and sin, (L, hs/2)"""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)  # (hs/2,)
     angle = pos[:, None] * freq  # (L, hs/2)
@@ -256,22 +236,18 @@ def rotate(x, cos, sin):
 class Cache:
     """What one layer keeps of the B equally long sequences that it is generating."""
 
-    def __init__(self, slots, reroute):
+    def __init__(self, slots):
         self.slots = slots  # tokens that attention looks back on
-        self.reroute = reroute  # merge the experts again for every segment?
         self.pos = 0  # tokens read
-        self.k = self.v = None  # (B, nh, slots, hs), keys and values in a ring
+        self.k = self.v = None  # (B, nh, tokens kept, hs)
         self.ffn = None  # merged gate and up (B, D, H), down (B, H, D)
-        self.total = None  # (B, D), sum of the FFN's inputs in the current segment
 
     def remember(self, k, v):
-        """Store keys and values (B, nh, L, hs), the prompt's, then a token's. -> those to attend to"""
-        if self.pos == 0:
-            self.k, self.v = (F.pad(t, (0, 0, 0, self.slots - t.shape[2])) for t in (k, v))
-            return k, v
-        slot = self.pos % self.slots  # beyond `slots` tokens the oldest one makes room
-        self.k[:, :, slot], self.v[:, :, slot] = k[:, :, 0], v[:, :, 0]
-        return self.k[:, :, :self.pos + 1], self.v[:, :, :self.pos + 1]
+        """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
+        if self.k is not None:
+            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+        self.k, self.v = k[:, :, -self.slots:], v[:, :, -self.slots:]
+        return self.k, self.v
 
 
 class Attention(nn.Module):
@@ -310,10 +286,10 @@ class Block(nn.Module):
 class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
-    A layer of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `route`. In general a layer is made from a config, returns (output, routing weights)
-    from ffn(x, cache), and has active_params(). An `aux_loss` that it sets is added to the training loss. Its
-    matrices are drawn by init_weights; parameters of three dimensions must be stacked experts (E, ., .).
+    A layer of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing in training,
+    derive from LoryFFN and override `route`. In general a layer is made from a config and returns (output,
+    routing weights) from ffn(x, cache). An `aux_loss` that it sets is added to the loss in training.
+    init_weights draws its matrices; parameters of three dimensions must be stacked experts (E, in, out).
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -339,13 +315,13 @@ class Lory(nn.Module):
         each expert hear some segments louder than others do. So they part, and routing begins to matter."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                p.fill_(0 if name.endswith('bias') else 1)  # the router's bias: the prior begins uniform; norms
+                p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
                 continue
             residual = name.endswith(('attn.proj.weight', 'ffn.down'))
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
-            drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)  # (in, out), one expert's
-            p.copy_(drawn.to(p.device))
+            drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)
+            p.copy_(drawn.to(p.device))  # every expert gets the same
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), n_layer routing weights (B, N, E)"""
@@ -362,8 +338,8 @@ class Lory(nn.Module):
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
-        -> logits (B, L, V), mean loss in nats per token (None without targets), and if return_routing the
-        routing weights (B, n_layer, N, E), detached"""
+        -> logits (B, L, V), mean loss in nats per token (None without targets; with a layer's aux_loss in
+        training), and if return_routing the routing weights (B, n_layer, N, E), detached"""
         x, e = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
@@ -387,13 +363,13 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
         (only weight decay touches it, 4% in a default run).
 
-        The mean is dW / E. An expert hears as much just after warm-up, so Adam's averages still fit then.
+        The mean is dW / E, about what each expert gets just after warm-up too, so Adam's averages stay valid.
         Two things differ from a dense model: clipping sees dW / sqrt(E), Adam's epsilon stands by dW / E."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
             elif '.router.' in name:
-                p.grad.zero_()  # it is pure rounding, and Adam would amplify it
+                p.grad.zero_()  # it is 0 but for rounding, which Adam would amplify
 
     @torch.no_grad()
     def tie_experts(self):
@@ -418,16 +394,15 @@ class Lory(nn.Module):
                                     'model the n_experts and sizes of these weights.') from e
 
     def num_params(self, active=False):
-        """Parameters, or only the active ones, which one token meets."""
-        total = sum(p.numel() for p in self.parameters())
-        if active:
-            for block in self.blocks:
-                total += block.ffn.active_params() - sum(p.numel() for p in block.ffn.parameters())
-        return total
+        """Parameters, or only the active ones: one expert of each layer, and no router."""
+        if not active:
+            return sum(p.numel() for p in self.parameters())
+        bare = [p for name, p in self.named_parameters() if '.router.' not in name]
+        return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
 
     def flops_per_token(self, L):
         """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging is
-        not counted, nor what is recomputed, so that mfu shows what they cost."""
+        not counted, nor what is recomputed: their cost lowers mfu."""
         lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)
@@ -435,18 +410,18 @@ class Lory(nn.Module):
     # Generation, with one Cache per layer.
 
     @torch.no_grad()
-    def prefill(self, idx, reroute=False):
-        """Read prompts (B, L), 1 <= L <= block_size, routed as `LoryFFN.read_prompt` says.
-        -> logits of the next token (B, V), routing weights (B, n_layer, N, E), one Cache per layer"""
+    def prefill(self, idx):
+        """Read prompts (B, L), 1 <= L <= block_size.
+        -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens: give it 1 to block_size={self.config.block_size}.')
         if idx.device != self.embed.weight.device:
-            raise UserError(f'the prompt is on {idx.device}: move it to {self.embed.weight.device}, to the model.')
+            raise UserError(f'the prompt is on {idx.device}: move it to {self.embed.weight.device}.')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
                             "model's own tokenizer.")
-        caches = [Cache(self.config.block_size, reroute) for _ in self.blocks]
+        caches = [Cache(self.config.block_size) for _ in self.blocks]
         x, e = self.trunk(idx, caches)
         return self.head(x[:, -1]), torch.stack(e, 1), caches
 
@@ -455,11 +430,11 @@ class Lory(nn.Module):
         """Read one more token (B,) of each sequence. -> logits of the next token (B, V)"""
         return self.head(self.trunk(token[:, None], caches)[0][:, -1])
 
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, reroute=False):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continue prompts (B, L) of equal length; yields the next tokens (B,), max_new_tokens times.
         temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Beyond block_size a token attends to
-        the block_size last ones. Prompts of other lengths go in turn, or padding would enter their means."""
-        logits, _, caches = self.prefill(idx, reroute)
+        the block_size last ones. Prompts of other lengths go one by one: padding would enter their means."""
+        logits, _, caches = self.prefill(idx)
         for i in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
             yield token
@@ -477,8 +452,8 @@ class Lory(nn.Module):
             raise UserError(f'specialize reads one prompt, (1, L), and was given {len(idx)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
         for i, cache in enumerate(caches):
-            if cache.ffn:
-                state |= {f'blocks.{i}.ffn.{name}': w for name, w in zip(('gate', 'up', 'down'), cache.ffn)}
+            merged = zip(('gate', 'up', 'down'), cache.ffn or ())  # a dense layer has none
+            state |= {f'blocks.{i}.ffn.{name}': weight for name, weight in merged}  # (1, in, out) each
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
         return dense
@@ -488,16 +463,13 @@ def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = (logits - logits.max(-1, keepdim=True).values).float() / temperature
+    p, token = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both, the likeliest first
     if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < lowest, -math.inf)
-    if top_p < 1:
-        # Drop a token if those likelier than it hold more than top_p of the probability.
-        likely, order = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both
-        drop = likely.cumsum(-1) - likely > top_p
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+        p = p[:, :top_k]
+    p = p / p.sum(-1, keepdim=True)
+    p = p * (p.cumsum(-1) - p <= top_p)  # drops a token if those likelier than it hold more than top_p
+    return token.gather(-1, torch.multinomial(p, 1))[:, 0]
 
 
 # --- Flags, files and errors, shared by the scripts. ---
@@ -542,15 +514,14 @@ def run_script(main):
         sentence = str(e)
     except torch.OutOfMemoryError:
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
-    if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine speaks for all
-        print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
+    print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
     sys.exit(2)
 
 
 def usable_device(name):
     """The device called `name`, or for 'auto' the fastest there is. UserError if it cannot be used here."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
     with suppress(RuntimeError, AssertionError, NotImplementedError):  # torch raises all three
         torch.zeros(1, device=name).item()
         return name
@@ -570,8 +541,8 @@ def atomic_open(path, mode='wb', **kw):
         os.replace(tmp, path)
     except (OSError, RuntimeError) as e:  # torch.save raises the latter in the midst of the former
         reason = getattr(e.__context__ or e, 'strerror', e)
-        raise UserError(f'cannot write {path} ({reason}), and what was there is unchanged: free some space or '
-                        'choose another folder.') from e
+        raise UserError(f'cannot write {path} ({reason}), and what was there is unchanged: free some space '
+                        'or choose another folder.') from e
     finally:
         with suppress(OSError):  # it is there only if something failed
             os.remove(tmp)
@@ -591,10 +562,10 @@ def save_checkpoint(path, model, state=None, **rest):
 def read_checkpoint(path, mmap=False):
     """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. With mmap its
     tensors stay in the file, and are read where they are used."""
-    ckpt, one = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine checks the file
+    ckpt, checks = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine does
     try:
         with zipfile.ZipFile(path) as archive:
-            if not one or archive.testzip() is None:  # torch.load does not look at the checksums
+            if not checks or archive.testzip() is None:  # torch.load does not look at the checksums
                 ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except OSError as e:
         raise UserError(f'cannot read {path} ({e.strerror}): choose another, or run python train.py.') from e

@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from lory import (UserError, add_flag, load_checkpoint, make_parser, number, run_script, save_checkpoint,
-                  usable_device)
+from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, number, run_script,
+                  save_checkpoint, usable_device)
 from prepare import encode, load_tokenizer
 
 
@@ -31,8 +31,7 @@ def flags():
     add_flag(parser, 'top_k', 0, 'draw from the k likeliest tokens only; 0: from all', number(int, 0))
     add_flag(parser, 'top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability',
              number(float, 0))
-    add_flag(parser, 'stop', '', 'end a sample once it has this text, besides at the end of a document')
-    add_flag(parser, 'reroute', False, 'merge the experts again for every segment, as in training')
+    add_flag(parser, 'stop', '', 'end a sample once it holds this text; it always ends with the document')
     add_flag(parser, 'show_routing', False, "print each expert's share in each layer")
     add_flag(parser, 'save_dense', '', 'write the dense model that the prompt makes to this file')
     add_flag(parser, 'seed', 1337, 'of the draws', number(int, 0, 2**63))
@@ -63,19 +62,20 @@ def show_routing(e):
     print()
 
 
-def main(argv=None):
+def main(argv=None, build=Lory):
+    """`build` makes the model from its config: partial(Lory, ffn=MyFFN) for a layer of your own."""
     args = flags().parse_args(argv)
     if os.path.exists(args.save_dense):
         raise UserError(f'{args.save_dense} exists: choose another --save_dense.')
     device = usable_device(args.device)
-    model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device)
+    model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device, build)
     if 'tokenizer' not in ckpt:
         raise UserError('this checkpoint has no tokenizer: save it with save_checkpoint(..., tokenizer=...).')
     tokenizer = load_tokenizer(ckpt['tokenizer'])
     text = read_prompt(args.start)
     prompt = torch.tensor([[tokenizer.eot_token] + encode(tokenizer, text)], device=device)  # (1, L)
 
-    routing = model.prefill(prompt, args.reroute)[1]  # (1, n_layer, N, E); a prompt too long is refused here
+    routing = model.prefill(prompt)[1]  # (1, n_layer, 1, E); a prompt too long is refused here
     if args.show_routing:
         show_routing(routing[0, :, -1])
     if args.save_dense:
@@ -88,8 +88,7 @@ def main(argv=None):
         print(text, end='', flush=True)
         began, count, sample = time.perf_counter(), 0, ''
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
-        for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                                  args.reroute):
+        for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
             count += 1
             if token.item() == tokenizer.eot_token:
                 break
@@ -98,7 +97,7 @@ def main(argv=None):
             sample += new
             if args.stop and args.stop in sample:
                 break
-        print(decoder.decode(b'', True))  # half a character, if it ended in one
+        print(decoder.decode(b'', True))  # an incomplete character shows as such
         seconds = max(time.perf_counter() - began, 1e-9)
         print(f'[{count} tokens, {count / seconds:.0f} tokens/s]', file=sys.stderr)
 

@@ -30,12 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, number, read_checkpoint,
@@ -76,6 +77,7 @@ def flags():
     flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model')
+    flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
     flag('shard', False, 'split parameters, gradients and averages over the ranks (Sec. 4.1)')
     flag('seed', 1337, 'of the weights and of the order of the data', number(int, 0, 2**32))
     for f in MODEL_FIELDS:
@@ -114,17 +116,17 @@ def main(argv=None, build=Lory):
 
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
-    with torch.device('meta' if args.shard else 'cpu'):  # a model to be split is born without memory
+    with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
         model = build(config, seed=args.seed)  # E equal experts: until they are untied, the dense model
-    running = wrap(model, args, device, world)  # on its device; under DDP, FSDP2 or compile
+    running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
-        with implicit_replication():  # each rank takes its share of the whole tensors
+        with implicit_replication():  # with --shard each rank takes its share
             model.fill(saved['model'], saved['layer'])  # a dense checkpoint fills every expert
     equal = saved is None or saved['config']['n_experts'] == 1
     tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # what a run carries, beside model, optimiser, scaler and tied_until
+    step, losses, rows = 0, [], []  # with model, optimiser, scaler and tied_until all that a run carries
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -133,7 +135,7 @@ def main(argv=None, build=Lory):
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} with learning rate {lr:.2e} (it was planned to be {planned:.2e})')
     saved = None  # free its memory
-    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64), to be continued
+    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64)
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -181,10 +183,10 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(asked), world)
-        finite = math.isfinite(norm) or scaler.is_enabled()  # a scaler skips the step and scales by less
+        finite = math.isfinite(norm) or scaler.is_enabled()  # float16: the scaler skips such a step
         if not (finite and math.isfinite(loss)):
-            raise UserError(f'the loss of step {step} is {loss}, the gradient norm {norm}: try again with a '
-                            'lower --learning_rate, or go on so with --init_from=resume.')
+            raise UserError(f'the loss of step {step} is {loss}, the gradient norm {norm}: start again with '
+                            'a lower --learning_rate, or with --init_from=resume from the last checkpoint.')
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -206,9 +208,13 @@ def main(argv=None, build=Lory):
         began = time.perf_counter()
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
-            sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast, device, rank, world)
+            model.eval()
+            with torch.compiler.set_stance('force_eager'):  # shapes vary here
+                sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast, rank, world)
+                greedy = model.generate(prompt, 40, temperature=0)  # (1, 40)
+            model.train()
             row = dict(step=step, **summary(sums, windows))
-            if step > tied_until and config.n_experts > 2:  # of two experts none can exceed 2/E
+            if step > tied_until and config.n_experts > 2:  # with two experts no weight can exceed 2/E
                 row['experts'] = used.float().mean().item()
             rows.append(row)
             later = math.isfinite(row['later_bpb'])
@@ -216,27 +222,25 @@ def main(argv=None, build=Lory):
                 + (f', {row["later_bpb"]:.4f} after segment 1 | ' if later else ' | ')
                 + (f'experts in use {100 * row["experts"]:.0f}% | ' if 'experts' in row else '')
                 + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in windows))
-            with torch.compiler.set_stance('force_eager'):  # each token's cache has another shape
-                greedy = model.generate(prompt, 40, temperature=0)  # (1, 40), made by all ranks together
             before, after = decode(prompt[0, -12:].tolist()), decode(greedy[0].tolist())
             say(f'step {step:6d} | goes on | {before!r} + {after!r}')
-            if not math.isfinite(row['val_bpb']):
+            if not all(math.isfinite(row[f'bpb_{name}']) for name in windows):
                 raise UserError(f'the validation loss of step {step} is not finite: lower --learning_rate.')
 
         # --- save ---
         if validate or stop:
+            best = validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r)
             weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             if rank == 0:
                 run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                            optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'],
                            tokenizer=data.tokenizer)
-                if validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r):
-                    save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
                 write_log(f'{args.out_dir}/log.csv', rows)
-                # ckpt.pt comes last: a run killed before this makes all of the above again.
-                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
+                # ckpt.pt comes last: a run killed before it makes all of the others again.
+                for name in ('best.pt', 'ckpt.pt') if best else ('ckpt.pt',):
+                    save_checkpoint(f'{args.out_dir}/{name}', model, weights, **run)
             pauses.append(time.perf_counter() - began)
         if stop:
             break
@@ -260,11 +264,11 @@ FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'de
 
 
 def read_settings(argv):
-    """-> the flags, and the checkpoint that the run starts from or None. Its settings become the defaults, so
-    that only what is to change need be said."""
+    """-> the flags, and the checkpoint that the run starts from or None. Its settings are the defaults, so
+    only changes need flags."""
     parser, saved, defaults, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
-    latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # several map one file into memory
+    latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # ranks share one mapped file
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest, mmap=several), FIXED
         if 'args' not in saved:
@@ -349,19 +353,23 @@ def get_batch(tokens, first, count, args, device):
 def to_xy(windows, device):
     """Windows of L + 1 tokens -> inputs and targets, (B, L) int64 both"""
     xy = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, L + 1)
-    xy = xy.pin_memory().to(device, non_blocking=True) if 'cuda' in device else xy.to(device)
+    xy = xy.pin_memory().to(device, non_blocking=True) if 'cuda' in str(device) else xy.to(device)
     return xy[:, :-1], xy[:, 1:]
 
 
 # --- Model and optimiser, alone or among many ranks. ---
 
 def wrap(model, args, device, world):
-    """-> the model as the loop runs it. `model` itself keeps its names, so checkpoints know no wrappers."""
+    """-> the model as the loop runs it, on its device. Only DDP wraps it: checkpoints know the bare names."""
+    if args.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if args.compile:
+        for part in model.blocks if args.shard else [model]:
+            part.compile()
     if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
         mesh = init_device_mesh(device.split(':')[0], (world,))
         for part in (*model.blocks, model):
-            if args.compile and part is not model:
-                part.compile()
             fully_shard(part, mesh=mesh, shard_placement_fn=partial(split_dimension, world=world))
         model.to_empty(device=device)
         with implicit_replication():  # each rank keeps its share of what is drawn
@@ -370,16 +378,14 @@ def wrap(model, args, device, world):
             register_fsdp_forward_method(model, name)
         return model
     model.to(device)
-    running = torch.compile(model) if args.compile else model
-    if world > 1:
-        cards = [device] if 'cuda' in device else None
-        running = DDP(running, device_ids=cards, gradient_as_bucket_view=True)
-    return running
+    if world == 1:
+        return model
+    return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
 
 
 def split_dimension(p, world):
-    """The last dimension that the ranks divide evenly, but never that of experts, so their mean stays local.
-    Vectors that they do not divide are split unevenly."""
+    """The last dimension that the ranks divide evenly, but never that of experts: tie_gradients then needs no
+    communication. Vectors that they do not divide are split unevenly."""
     even = [d for d, n in enumerate(p.shape) if n % world == 0 and not (p.dim() == 3 and d == 0)]
     if not even and p.dim() == 3:
         raise UserError(f'{world} ranks divide neither n_embd nor ffn_hidden: say --shard=False.')
@@ -390,11 +396,13 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, u
 
 
 def load_optimizer(model, optimizer, state):
-    """Take Adam's averages from a checkpoint. Learning rate, decay and betas stay as the flags say."""
-    settings = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
+    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
+    the flags say."""
+    with implicit_replication():  # with --shard each rank takes its share
+        for name, p in model.named_parameters():
+            for key, value in state['state'][name].items():  # two averages like p, and a step ()
+                own = torch.zeros_like(p) if value.dim() else torch.zeros((), device=p.device)
+                optimizer.state[p][key] = own.copy_(value.to(p.device))
 
 
 def learning_rate(step, args):
@@ -444,20 +452,20 @@ def validation_windows(split, domains, L, limit=0):
 
 
 @torch.no_grad()
-def evaluate(model, windows, token_bytes, micro, autocast, device, rank=0, world=1):
+def evaluate(model, windows, token_bytes, micro, autocast, rank=0, world=1):
     """-> sums (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions, [:, 1] after segment 1;
-    routing (n_domains, n_layer, E), mean weights of the segments after the first (Sec. 5.4);
+    routing (n_domains, n_layer, E), mean weights of the segments after the first, if any (Sec. 5.4);
     used (n_layer, E), bool, experts with a weight above 2/E for some of these segments (App. G.1)"""
-    model.eval()
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
-    exact = torch.float32 if device == 'mps' else torch.float64
+    device = token_bytes.device
+    exact = torch.float32 if device.type == 'mps' else torch.float64
     sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)
     routing = torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     for d, chosen in enumerate(windows.values()):
         for i in range(0, len(chosen), world * micro):
             mine = chosen[i + rank * micro:][:micro]
-            x, y = to_xy(mine or chosen[:1], device)  # an idle rank computes too: shards need all ranks
+            x, y = to_xy(mine or chosen[:1], device)  # without windows too: FSDP2 needs every rank
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
             if mine:
@@ -472,7 +480,6 @@ def evaluate(model, windows, token_bytes, micro, autocast, device, rank=0, world
     if world > 1:
         for total in (sums, routing, used):
             dist.all_reduce(total)
-    model.train()
     return sums.cpu(), routing.cpu(), used.cpu() > 0
 
 
@@ -488,7 +495,7 @@ def summary(sums, names):
 
 
 def score(row):
-    """What best.pt is judged by: the loss after segment 1, where no rule sees ahead, if text follows it."""
+    """What best.pt is judged by: the loss after segment 1, where no rule sees ahead, if there is any."""
     return row['later_bpb'] if math.isfinite(row['later_bpb']) else row['val_bpb']
 
 
@@ -507,7 +514,7 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     from matplotlib.figure import Figure  # here, for it takes a second that --help should not
     from matplotlib.font_manager import FontProperties, findfont, get_font
     font = get_font(findfont(FontProperties()))
-    labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # for want of a font
+    labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
               for d, name in enumerate(domains, 1)]
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
 

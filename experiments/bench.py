@@ -158,7 +158,7 @@ def merging(model, L):
     E, T = model.config.n_experts, min(model.config.segment_len, L)
     if E == 1 or model.layer_name != 'LoryFFN':
         return 0
-    return 6 * E / T * sum(block.ffn.active_params() for block in model.blocks)
+    return 6 * E / T * sum(p[0].numel() for p in model.parameters() if p.dim() == 3)
 
 
 def measure(names, config, batch, device, dtype, rounds, compiled):

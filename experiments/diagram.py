@@ -77,8 +77,8 @@ def main():
     box(ax, 0.1, 9.2, 3, 1.6, 'learned\nprior', '#dfe8f2')
     arrow(ax, (3.2, 10), (LEFT + 2.1, 10), LAG)
     ax.text(LEFT + 3.6, 6.85, 'routes the\nnext one', va='center', fontsize=8.5, color=LAG)
-    ax.text(LEFT + 2 * STEP + 2.5, 12.5, 'prose, but still\nrouted by code', va='center', fontsize=8.5, color=LAG,
-            ha='right')
+    ax.text(LEFT + 2 * STEP + 2.5, 12.5, 'prose, but still\nrouted by code', va='center', ha='right',
+            fontsize=8.5, color=LAG)
     ax.text(right, -0.6, 'the weights are made up', ha='right', fontsize=7.5, color='0.5')
     with atomic_open(f'{ROOT}/assets/lory.png') as f:
         fig.savefig(f, format='png', dpi=110)

@@ -107,7 +107,7 @@ def specialized(dense, model, data, token_bytes):
     windows = validation_windows(data.val, data.meta['domains'], 512, 32)
 
     def by_domain(m):
-        sums = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False), 'cpu')[0]
+        sums = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False))[0]
         row = summary(sums, windows)
         return {d: row[f'bpb_{d}'] for d in windows}
     experts = {}

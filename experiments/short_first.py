@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
-from lory import Lory, LoryFFN, UserError, lean_swiglu, run_script
+from lory import Lory, LoryFFN, lean_swiglu, run_script
 
 
 class ShortFirstFFN(LoryFFN):
@@ -26,8 +26,6 @@ class ShortFirstFFN(LoryFFN):
         prompt routes."""
         B, L, D = x.shape
         T, T1 = self.segment_len, max(1, self.segment_len // 8)  # T1 tokens in segment 1
-        if cache is not None and cache.reroute:
-            raise UserError('a model with a short first segment cannot route again: leave reroute out.')
         if self.router is None or cache is not None or L <= T1:
             return super().forward(x, cache)
         R = math.ceil((L - T1) / T)  # segments after the first

@@ -20,6 +20,7 @@ ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
 import claims
 from lory import Lory, LoryConfig, UserError, load_checkpoint, save_checkpoint
+from reroute import ReroutedFFN
 from short_first import ShortFirstFFN
 
 torch.set_num_threads(1)
@@ -52,6 +53,24 @@ def moved(model, idx, b, t):
     return (model(idx)[0] - model(other)[0]).abs().amax(-1) > 1e-9
 
 
+@pytest.mark.parametrize('how', [{}, dict(first_segment='self'), dict(routing='prefix')])
+def test_rerouted_decoding_computes_what_the_full_pass_does(how, monkeypatch):
+    """At every position, after prompts of every length modulo T = 6. Past block_size = 12 the full pass has a
+    sliding-window mask, and segments are still counted from token 0."""
+    model = sharp(Lory(small(block_size=12, **how), ffn=ReroutedFFN))
+    idx, near = torch.randint(50, (2, 40)), torch.ones(40, 40).tril().triu(-11).bool()
+    attend = F.scaled_dot_product_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, is_causal: attend(q, k, v, near))
+        full = model(idx)[0]
+    for L in range(6 if 'first_segment' in how else 1, 13):  # `self` needs the whole of segment 1
+        logits, _, caches = model.prefill(idx[:, :L])
+        for t in range(L, 40):
+            torch.testing.assert_close(logits, full[:, t - 1])
+            logits = model.decode(idx[:, t], caches)
+        torch.testing.assert_close(logits, full[:, -1])
+
+
 @pytest.mark.parametrize('L', [24, 21, 3, 2])
 def test_short_first_equals_a_loop_over_tokens(L):
     """T = 16, so segment 1 has 2 tokens. The mean of each segment routes the next."""
@@ -76,8 +95,6 @@ def test_short_first_is_causal_at_every_position(L):
     for t in range(L):
         where = moved(model, idx, 1, t)
         assert not where[0].any() and not where[2].any() and not where[1, :t].any() and where[1, t:].all()
-    with pytest.raises(UserError, match='reroute'):
-        model.prefill(idx, reroute=True)
 
 
 def test_a_checkpoint_of_another_layer_loads_with_build_and_only_then(tmp_path):

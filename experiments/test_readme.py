@@ -24,7 +24,8 @@ def test_the_library_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     tokenizer = prepare.make_tokenizer('byte')
     save_checkpoint('out/ckpt.pt', Lory(LoryConfig(257, n_embd=16, ffn_hidden=32)), tokenizer=tokenizer)
     text = torch.arange(257).repeat(2, 1) % 7 + 97
-    blocks = re.findall(r'```python\n(.*?)```', Path(ROOT, 'README.md').read_text(encoding='utf-8'), re.DOTALL)
+    readme = Path(ROOT, 'README.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
     assert len(blocks) == 4
     names = dict(batches=iter(lambda: text, None))
     exec(blocks[0], names)

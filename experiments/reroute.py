@@ -1,0 +1,43 @@
+"""
+Generation that routes again for every segment, as in training (App. G.2). The paper finds no difference.
+
+    python experiments/reroute.py --out_dir=out --start=FILE:notes.txt        any flag of sample.py
+"""
+import os
+import sys
+from functools import partial
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import sample
+from lory import Lory, LoryFFN, run_script
+
+
+class ReroutedFFN(LoryFFN):
+    """Prompt and continuation are cut into segments of T tokens, counted from the first one. Needs no other
+    weights than a LoryFFN, so it reads the same checkpoints."""
+
+    def read(self, x, cache):
+        """The prompt (B, L, D), then a token (B, 1, D). -> output, routing weights (B, N, E) or None"""
+        T = self.segment_len
+        if cache.ffn is None:
+            y, e = self(x)
+            cache.ffn = self.merged(e[:, -1])
+            started = (x.shape[1] - 1) // T * T  # where the last segment begins
+            cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
+            return y, e
+        if cache.pos % T == 0 and (self.routing == 'causal' or cache.pos == T):
+            cache.ffn = self.merged(self.routing_weights(cache.total / T))
+            cache.total = 0
+        cache.total = cache.total + x[:, 0]
+        return super().read(x, cache)
+
+
+ReroutedFFN.__name__ = LoryFFN.__name__  # by which a checkpoint knows its layer
+
+
+def main(argv=None):
+    return sample.main(argv, build=partial(Lory, ffn=ReroutedFFN))
+
+
+if __name__ == '__main__':
+    run_script(main)
