@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from collections import deque
 from dataclasses import fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -146,7 +147,7 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pauses = [], [0]  # seconds of each step; of each validation with its save
+    times, pause = deque(maxlen=args.log_interval), 0  # seconds of the last steps; of a validation and save
     asked = []  # signals to stop: the first is heard after the step at hand, the second ends the process
 
     def stop_soon(which, frame):
@@ -192,15 +193,13 @@ def main(argv=None, build=Lory):
 
         # --- report ---
         if step % args.log_interval == 0:
-            mean = statistics.fmean(losses[-args.log_interval:])
-            seconds = statistics.median(times[-args.log_interval:])
+            mean, seconds = statistics.fmean(losses[-args.log_interval:]), statistics.median(times)
             tok_s = tokens_per_step / max(seconds, 1e-9)
-            card = on_cuda(model, device, tok_s / world)
             rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
             validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
-            left = timedelta(seconds=round((args.max_iters - step) * seconds + validations * pauses[-1]))
-            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
-                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {card}{left} left')
+            left = timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
+            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | {1000 * seconds:6.0f} ms '
+                f'| {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}{left} left')
         if step == tied_until:
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
@@ -217,11 +216,7 @@ def main(argv=None, build=Lory):
             if step > tied_until and config.n_experts > 2:  # with two experts no weight can exceed 2/E
                 row['experts'] = used.float().mean().item()
             rows.append(row)
-            later = math.isfinite(row['later_bpb'])
-            say(f'step {step:6d} | validation {row["val_bpb"]:.4f} bits per byte'
-                + (f', {row["later_bpb"]:.4f} after segment 1 | ' if later else ' | ')
-                + (f'experts in use {100 * row["experts"]:.0f}% | ' if 'experts' in row else '')
-                + ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in windows))
+            say(f'step {step:6d} | {validation_line(row, windows)}')
             before, after = decode(prompt[0, -12:].tolist()), decode(greedy[0].tolist())
             say(f'step {step:6d} | goes on | {before!r} + {after!r}')
             if not all(math.isfinite(row[f'bpb_{name}']) for name in windows):
@@ -241,7 +236,7 @@ def main(argv=None, build=Lory):
                 # ckpt.pt comes last: a run killed before it makes all of the others again.
                 for name in ('best.pt', 'ckpt.pt') if best else ('ckpt.pt',):
                     save_checkpoint(f'{args.out_dir}/{name}', model, weights, **run)
-            pauses.append(time.perf_counter() - began)
+            pause = time.perf_counter() - began
         if stop:
             break
 
@@ -492,6 +487,16 @@ def summary(sums, names):
         row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
                 f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
     return row
+
+
+def validation_line(row, names):
+    """A validation's row of log.csv as the log shows it."""
+    parts = [f'validation {row["val_bpb"]:.4f} bits per byte']
+    if math.isfinite(row['later_bpb']):
+        parts[0] += f', {row["later_bpb"]:.4f} after segment 1'
+    if 'experts' in row:
+        parts.append(f'experts in use {100 * row["experts"]:.0f}%')
+    return ' | '.join([*parts, ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in names)])
 
 
 def score(row):

@@ -26,17 +26,18 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import prepare
-from lory import add_flag, atomic_open, load_checkpoint, make_parser, number, run_script
+from lory import Lory, add_flag, atomic_open, load_checkpoint, make_parser, number, run_script
+from reroute import ReroutedFFN
 from train import evaluate, summary, validation_windows
 
 PROMPTS, AFTER = (1, 16, 64, 256, 512), 256
 
 
 @torch.no_grad()
-def continuation(model, windows, token_bytes, P, routing):
+def continuation(model, windows, token_bytes, P):
     """Bits per byte of tokens P to P + AFTER - 1 of each window (n, >= P + AFTER), read after its first
     P tokens."""
-    logits, _, caches = model.prefill(windows[:, :P], routing == 'segment')
+    logits, _, caches = model.prefill(windows[:, :P])
     nats, size = 0.0, 0
     for t in range(P, P + AFTER):
         target, bytes_ = windows[:, t], token_bytes[windows[:, t]]  # (n,) both
@@ -61,21 +62,19 @@ def speed(dense, model, rounds=9, n=64):
     """Medians over alternating rounds, one sequence, after a prompt of 512 tokens."""
     idx, mean = torch.randint(dense.config.vocab_size, (1, 512)), torch.randn(1, model.config.n_embd)
     models = dict(dense=dense, lory=model)
-    caches = {name: m.prefill(idx)[2] for name, m in models.items()}
     times = {name: [] for name in models}
 
-    def decode(name):
-        for cache in caches[name]:
-            cache.pos = 512  # every round begins after the prompt
+    def decode(name, caches):
         for _ in range(n):
-            models[name].decode(idx[:, 0], caches[name])
+            models[name].decode(idx[:, 0], caches)
 
     def route_and_merge():
         for block in model.blocks:
             block.ffn.merged(block.ffn.routing_weights(mean))
     for _ in range(rounds):
         for name in models:
-            times[name].append(seconds(lambda: decode(name), 1) / n)
+            caches = models[name].prefill(idx)[2]
+            times[name].append(seconds(lambda: decode(name, caches), 1) / n)
     token_s = {name: statistics.median(t) for name, t in times.items()}
     whole = seconds(lambda: model(idx)[0][:, -1], 15)
     return dict(dense_tok_s=1 / token_s['dense'], lory_tok_s=1 / token_s['lory'],
@@ -92,9 +91,13 @@ def continuations(models, data, token_bytes, limit):
     print(f'{"model":8}{"routing":10}{"P":>4}  ' + ''.join(f'{d:>9}' for d in held_out) + f'{"mean":>9}')
     rows = []
     for name, model in models.items():
-        for routing in ['prompt', 'segment'] if model.config.n_experts > 1 else ['prompt']:
+        ways = dict(prompt=model)
+        if model.config.n_experts > 1:
+            ways['segment'] = Lory(model.config, ffn=ReroutedFFN).eval()
+            ways['segment'].fill(model.state_dict())
+        for routing, m in ways.items():
             for P in PROMPTS:
-                bpb = {d: continuation(model, w, token_bytes, P, routing) for d, w in held_out.items()}
+                bpb = {d: continuation(m, w, token_bytes, P) for d, w in held_out.items()}
                 bpb['mean'] = statistics.mean(bpb.values())
                 rows.append(dict(model=name, routing=routing, P=P, **bpb))
                 print(f'{name:8}{routing if model.config.n_experts > 1 else "-":10}{P:4}  '

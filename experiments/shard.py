@@ -209,7 +209,8 @@ def one_part(part, folder, n_layer):
     rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
     dist.init_process_group('gloo', init_method=f'file://{folder}/{part}', rank=rank, world_size=world)
     tiny = LoryConfig(n_layer=2, n_embd=16, block_size=64, segment_len=16)
-    train_and_measure('ddp' if part == 'ddp' else 'sharded', tiny, folder)  # what code and libraries take
+    for first in ('ddp',) if part == 'ddp' else ('sharded', 'resumed'):  # what code and libraries take
+        train_and_measure(first, tiny, f'{folder}/tiny-{part}')
     config = LoryConfig(**SMALL | dict(n_layer=n_layer))
     found = [None] * world
     dist.all_gather_object(found, train_and_measure(part, config, folder))
