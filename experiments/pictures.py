@@ -1,14 +1,16 @@
 """
-Three pictures that the READMEs show, each computed, none drawn by hand.
+Four pictures that the READMEs show, each computed, none drawn by hand.
 
-    python experiments/pictures.py --checkpoint=runs/e8-1337/ckpt.pt
+    python experiments/pictures.py
 
+    assets/loss.png       a dense run and one with experts, in bits per byte
     assets/causality.png  which logits move when a token is changed, under both first-segment rules
     assets/parting.png    how far the experts are apart after dense warm-up, with a random and a zero router
     assets/text.png       held-out text across the border of two domains, each segment in its expert's colour
 
-The second trains two small models on data/builtin, which takes a minute; the third reads the checkpoint.
+The third trains two small models on data/builtin, which takes a minute. The others read runs of claims.py.
 """
+import math
 import os
 import sys
 from argparse import Namespace
@@ -22,13 +24,33 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import prepare
-from lory import Lory, LoryConfig, add_flag, atomic_open, load_checkpoint, make_parser, run_script
+from lory import (Lory, LoryConfig, add_flag, atomic_open, load_checkpoint, make_parser, read_checkpoint,
+                  run_script)
 from train import get_batch
 
 
 def save(fig, name):
     with atomic_open(f'{ROOT}/assets/{name}.png') as f:
         fig.savefig(f, format='png', dpi=110)
+
+
+def loss(data, runs):
+    """Training loss, smoothed, and the mean over the domains' validations. runs: {label: checkpoint}"""
+    fig, ax = plt.subplots(figsize=(8, 4), layout='constrained')
+    bits = math.log(2) * data.meta['train']['bytes'] / data.meta['train']['tokens']  # nats a token
+    for color, (label, ckpt) in zip(('0.45', '#1f77b4'), runs.items()):
+        train = [(row['step'], row['loss'] / bits) for row in ckpt['rows'] if 'loss' in row]
+        val = [(row['step'], row['val_bpb']) for row in ckpt['rows'] if 'val_bpb' in row]
+        steps, losses = np.array(train).T
+        smooth = np.convolve(losses, np.full(9, 1 / 9), 'valid')  # of 450 steps
+        ax.plot(steps[4:-4], smooth, color=color, lw=1, alpha=0.6, label=f'{label}, training')
+        ax.plot(*zip(*val), 'o-', color=color, label=f'{label}, validation')
+        if ckpt['tied_until']:
+            ax.axvline(ckpt['tied_until'], color='0.6', ls=':')
+            ax.text(ckpt['tied_until'] + 60, 2.55, 'end of dense warm-up', fontsize=9)
+    ax.set(xlabel='step of 4,096 tokens', ylabel='bits per byte', ylim=(1.6, 2.6))
+    ax.legend(fontsize=9)
+    save(fig, 'loss')
 
 
 def causality():
@@ -118,11 +140,14 @@ def text(data, model, layer, segments=7):
 
 def main():
     parser = make_parser(__doc__)
+    add_flag(parser, 'dense', 'runs/dense-1337/ckpt.pt', 'the dense run in loss.png')
+    add_flag(parser, 'experts', 'runs/e8-T256-1337/ckpt.pt', 'the run with experts in loss.png')
     add_flag(parser, 'checkpoint', 'runs/e8-1337/ckpt.pt', 'a model with experts, for text.png')
     add_flag(parser, 'layer', 2, 'whose routing weights colour the text')
     args = parser.parse_args()
     data = prepare.load_dataset('data/builtin', 1024)
     model, _ = load_checkpoint(args.checkpoint)
+    loss(data, {'dense': read_checkpoint(args.dense), '8 experts, T = 256': read_checkpoint(args.experts)})
     causality()
     parting(data)
     text(data, model, args.layer - 1)
