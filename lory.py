@@ -461,7 +461,7 @@ class Lory(nn.Module):
 
 def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0 is greedy, and float32 cannot divide by less
         return logits.argmax(-1)
     logits = (logits - logits.max(-1, keepdim=True).values).float() / temperature
     p, token = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both, the likeliest first
@@ -510,9 +510,13 @@ def run_script(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os._exit(1)
     except UserError as e:
         sentence = str(e)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if 'allocate' not in str(e):
+            raise
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
     sys.exit(2)

@@ -138,7 +138,7 @@ def read_builtin(mb_per_domain):
 def walk(path, seen):
     """The files at or below `path`, but no hidden ones. Links are followed, and no folder is entered twice.
     Folders to skip are returned like files: a dataset of ours, and what may not be opened."""
-    if not path.is_dir() or (path / 'train_docs.npz').exists() or not os.access(path, os.R_OK):
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK) or (path / 'train_docs.npz').exists():
         return [path]
     if path.resolve() in seen:
         return []
@@ -188,7 +188,8 @@ def read_inputs(paths):
         docs += found
         skipped += [] if found else [source]
     if skipped:
-        say('skipped', f'{len(skipped):,} files, empty or no UTF-8 text, such as {", ".join(skipped[:5])}')
+        say('skipped', f'{len(skipped):,} inputs (empty, unreadable, not UTF-8 text, or a dataset), such as '
+            f'{", ".join(skipped[:5])}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = re.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -425,14 +426,16 @@ def train_bpe(texts, n_tokens):
 def make_tokenizer(name, vocab_size=0, texts=()):
     """The content of tokenizer.json. `name` is bpe, trained on `texts`; byte; one that tiktoken knows; or a
     file: a checkpoint or a tokenizer.json."""
-    if os.path.isfile(name):
+    if name not in ('bpe', 'byte') and os.path.isfile(name):
+        d = read_checkpoint(name) if not name.endswith('.json') else {}
         try:
-            d = json.loads(Path(name).read_bytes()) if name.endswith('.json') else read_checkpoint(name)
-            d = d.get('tokenizer', d)
-            load_tokenizer(d), d['special_tokens'][EOT]
-            return d
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
+            d = d.get('tokenizer') or json.loads(Path(name).read_bytes())
+            whole = min(d['special_tokens'].values()) >= len(d['tokens']) and EOT in d['special_tokens']
+            if whole and all(load_tokenizer(d).encode_single_token(bytes([b])) < 2**32 for b in range(256)):
+                return d
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            pass
+        raise UserError(f'{name} holds no whole tokenizer; give a checkpoint or a tokenizer.json.')
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
         pattern, special = PATTERN, {EOT: len(tokens)}
@@ -508,9 +511,15 @@ def save_dataset(path, splits, tokenizer, meta):
             for file in new.iterdir():  # a full disk must show before the old dataset goes
                 with open(file, 'rb+') as f:
                     os.fsync(f.fileno())
+            old = Path(scratch, 'old')
             if path.exists():
-                os.rename(path, Path(scratch, 'old'))
-            os.rename(new, path)
+                os.rename(path, old)
+            try:
+                os.rename(new, path)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, path)
+                raise
     except OSError as e:
         raise UserError(f'cannot write {path} ({e.strerror}), what was there is unchanged: free some space '
                         'or choose another --dataset.') from None
@@ -524,21 +533,26 @@ def load_dataset(path, block_size):
     cure = f'make it with prepare.py and --dataset={path.name}, in the folder that holds data/.'
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
-    except (OSError, ValueError) as e:
-        raise UserError(f'no dataset: {path}/meta.json is missing or damaged ({e}); {cure}') from None
-    if meta.get('format') != FORMAT:
-        raise UserError(f'{path} is damaged or has format {meta.get("format")}, not {FORMAT}; {cure}')
-    for name, checksum in meta['sha256'].items():
-        if not os.access(path / name, os.R_OK) or sha256(path / name) != checksum:
-            raise UserError(f'no dataset: {path / name} cannot be read or has another checksum; {cure}')
-    for split in ('train', 'val'):
-        tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
-        if len(tokens) <= block_size:
-            raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
-                            f'--block_size={block_size}: lower it or add text.')
-        docs = np.load(path / f'{split}_docs.npz')
-        splits.append(Split(tokens, docs['start'], docs['domain']))
-    return Dataset(meta, json.loads((path / 'tokenizer.json').read_bytes()), *splits)
+        if meta['format'] != FORMAT:
+            raise UserError(f'{path} has data format {meta["format"]}, this is format {FORMAT}; {cure}')
+        for name in sorted(FILES - {'meta.json'}):
+            if sha256(path / name) != meta['sha256'][name]:
+                raise UserError(f'{path / name} is not the file that meta.json has the checksum of; {cure}')
+        for split in ('train', 'val'):
+            tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
+            if len(tokens) <= block_size:
+                raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
+                                f'--block_size={block_size}: lower it or add text.')
+            docs = np.load(path / f'{split}_docs.npz')
+            splits.append(Split(tokens, docs['start'], docs['domain']))
+        tokenizer = json.loads((path / 'tokenizer.json').read_bytes())
+        if json.loads((path / 'meta.json').read_bytes()) != meta:
+            raise UserError(f'{path} was replaced while it was read: start again.')
+        return Dataset(meta, tokenizer, *splits)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); {cure}') from None
 
 
 # --- The script. ---
@@ -607,6 +621,8 @@ def main(argv=None):
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
     say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens')
+    if args.tokenizer == 'bpe' and len(tokenizer['tokens']) + 1 < args.vocab_size:
+        say('note', 'fewer than asked for: no other pair occurs twice in words of up to 100 characters')
     installed = {d.name: d.version for d in metadata.distributions()}
     versions = {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {

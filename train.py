@@ -153,8 +153,7 @@ def main(argv=None, build=Lory):
     def stop_soon(which, frame):
         asked.append(which)
         signal.signal(which, signal.SIG_DFL)
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, stop_soon)
+    handlers = {which: signal.signal(which, stop_soon) for which in (signal.SIGINT, signal.SIGTERM)}
 
     while step < args.max_iters:
         # --- one update ---
@@ -198,8 +197,9 @@ def main(argv=None, build=Lory):
             rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
             validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
             left = timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
-            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | {1000 * seconds:6.0f} ms '
-                f'| {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}{left} left')
+            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
+                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | '
+                f'{on_cuda(model, device, tok_s / world)}{left} left')
         if step == tied_until:
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
@@ -240,6 +240,8 @@ def main(argv=None, build=Lory):
         if stop:
             break
 
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
     if world > 1:
         running = optimizer = None  # a wrapper that outlives its process group may abort at exit
         gc.collect()
@@ -247,7 +249,7 @@ def main(argv=None, build=Lory):
     if step < args.max_iters:
         say(f'stopped at step {step}, saved; go on with --init_from=resume --out_dir={args.out_dir}')
         return 130
-    say(f'done; now try: python sample.py --out_dir={args.out_dir}')
+    say(f'done; now try: python sample.py --out_dir={args.out_dir}' if build is Lory else 'done')
     return 0
 
 
@@ -263,6 +265,8 @@ def read_settings(argv):
     only changes need flags."""
     parser, saved, defaults, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
+    if not args.out_dir:
+        raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
     latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # ranks share one mapped file
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest, mmap=several), FIXED
