@@ -38,7 +38,8 @@ One letter, one meaning, in every shape comment:
                                    in, out  D and H, or H and D
 
 Ours, not the paper's: that prior and the router bias that holds it, dense warm-up by tying gradients, tied
-embeddings by default. `naive_lory` in test_lory.py is this layer as a plain loop, and a good first read.
+embeddings by default (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop, and a
+good first read.
 """
 import argparse
 import math
@@ -124,7 +125,7 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, h):
-        """softmax(router(h)), in the router's float32 even under autocast. (..., D) -> (..., E)"""
+        """softmax(router(h)), in the router's own dtype even under autocast. (..., D) -> (..., E)"""
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h.to(self.router.weight.dtype)).softmax(-1)
 
@@ -154,7 +155,7 @@ class LoryFFN(nn.Module):
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
         if self.router is None:
-            return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, N, 1)
+            return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, 1 if cache else N, 1)
         if cache is not None:
             return self.read(x, cache)
         if N * T > L:
@@ -311,8 +312,8 @@ class Lory(nn.Module):
 
         The router must not begin at zero. While experts are equal, de_si = <dW_s, θ_i> is the same for all i,
         and the softmax passes on differences only: the router learns nothing. If e is uniform too, then
-        dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router makes
-        each expert hear some segments louder than others do. So they part, and routing begins to matter."""
+        dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router gives
+        them different e_si, so different gradients. They part, and then the router learns too."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -357,7 +358,8 @@ class Lory(nn.Module):
 
     # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
     # Here the experts exist from the start. Equal experts with equal gradients stay equal, and equal experts
-    # merge to one FFN however they are routed: the model is dense. Upcycling is to stop calling the next two.
+    # merge to one FFN however they are routed: the model is dense. A training loop calls the next two methods
+    # in each step of warm-up. Upcycling is to stop calling them.
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
@@ -389,9 +391,9 @@ class Lory(nn.Module):
             if name in state or '.router.' not in name:
                 try:
                     p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
-                except (KeyError, RuntimeError) as e:
+                except (KeyError, RuntimeError) as error:
                     raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
-                                    'model the n_experts and sizes of these weights.') from e
+                                    'model the n_experts and sizes of these weights.') from error
 
     def num_params(self, active=False):
         """Parameters, or only the active ones: one expert of each layer, and no router."""
@@ -512,10 +514,10 @@ def run_script(main):
         sys.exit(130)
     except BrokenPipeError:  # the reader, such as head, has had enough
         os._exit(1)
-    except UserError as e:
-        sentence = str(e)
-    except RuntimeError as e:
-        if 'allocate' not in str(e):
+    except UserError as error:
+        sentence = str(error)
+    except RuntimeError as error:
+        if 'allocate' not in str(error):
             raise
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
@@ -543,10 +545,10 @@ def atomic_open(path, mode='wb', **kw):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises the latter in the midst of the former
-        reason = getattr(e.__context__ or e, 'strerror', e)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter in the midst of the former
+        reason = getattr(error.__context__ or error, 'strerror', error)
         raise UserError(f'cannot write {path} ({reason}), and what was there is unchanged: free some space '
-                        'or choose another folder.') from e
+                        'or choose another folder.') from error
     finally:
         with suppress(OSError):  # it is there only if something failed
             os.remove(tmp)
@@ -555,12 +557,12 @@ def atomic_open(path, mode='wb', **kw):
 FORMAT = 2  # of checkpoints
 
 
-def save_checkpoint(path, model, state=None, **rest):
-    """Write a Lory and the plain values in `rest` to path, atomically. `state` may bring its state dict."""
-    state = model.state_dict() if state is None else state
+def save_checkpoint(path, model, weights=None, **rest):
+    """Write a Lory and the plain values in `rest` to path, atomically. `weights` may bring its state dict."""
+    weights = model.state_dict() if weights is None else weights
     config = asdict(model.config)
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, layer=model.layer_name, config=config, model=state), f)
+        torch.save(dict(rest, format=FORMAT, layer=model.layer_name, config=config, model=weights), f)
 
 
 def read_checkpoint(path, mmap=False):
@@ -571,8 +573,8 @@ def read_checkpoint(path, mmap=False):
         with zipfile.ZipFile(path) as archive:
             if not checks or archive.testzip() is None:  # torch.load does not look at the checksums
                 ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except OSError as e:
-        raise UserError(f'cannot read {path} ({e.strerror}): choose another, or run python train.py.') from e
+    except OSError as error:
+        raise UserError(f'cannot read {path} ({error.strerror}): choose another, or run train.py.') from error
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         pass  # no zip archive, or none of torch.save's
     found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'

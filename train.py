@@ -127,7 +127,7 @@ def main(argv=None, build=Lory):
     equal = saved is None or saved['config']['n_experts'] == 1
     tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model, optimiser, scaler and tied_until all that a run carries
+    step, losses, rows = 0, [], []  # beside model, optimiser, scaler, tied_until: the whole state of a run
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -148,7 +148,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = deque(maxlen=args.log_interval), 0  # seconds of the last steps; of a validation and save
-    asked = []  # signals to stop: the first is heard after the step at hand, the second ends the process
+    asked = []  # signals: the first ends the run after the current step, a second one kills the process
 
     def stop_soon(which, frame):
         asked.append(which)
@@ -204,7 +204,7 @@ def main(argv=None, build=Lory):
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
         # --- validate ---
-        began = time.perf_counter()
+        paused = time.perf_counter()
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             model.eval()
@@ -225,18 +225,18 @@ def main(argv=None, build=Lory):
         # --- save ---
         if validate or stop:
             best = validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r)
-            weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             if rank == 0:
                 run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                           optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'],
+                           optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'],
                            tokenizer=data.tokenizer)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
                 write_log(f'{args.out_dir}/log.csv', rows)
-                # ckpt.pt comes last: a run killed before it makes all of the others again.
+                # ckpt.pt last: a run that dies before it repeats these steps, and writes the others again.
                 for name in ('best.pt', 'ckpt.pt') if best else ('ckpt.pt',):
                     save_checkpoint(f'{args.out_dir}/{name}', model, weights, **run)
-            pause = time.perf_counter() - began
+            pause = time.perf_counter() - paused
         if stop:
             break
 
@@ -464,7 +464,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, rank=0, world=1):
     for d, chosen in enumerate(windows.values()):
         for i in range(0, len(chosen), world * micro):
             mine = chosen[i + rank * micro:][:micro]
-            x, y = to_xy(mine or chosen[:1], device)  # without windows too: FSDP2 needs every rank
+            x, y = to_xy(mine or chosen[:1], device)  # a rank without windows too: FSDP2 needs all
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
             if mine:
