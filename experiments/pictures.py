@@ -111,7 +111,7 @@ def parting(data, tied=60, steps=200):
     save(fig, 'parting')
 
 
-def text(data, model, layer, segments=7):
+def text(data, model, layer, segments=12):
     """The end of one domain of the held-out text and the beginning of the next, in lines of 120
     characters, on the colour of the expert that its segment weighs most in `layer`."""
     T, E = model.config.segment_len, model.config.n_experts
@@ -131,8 +131,8 @@ def text(data, model, layer, segments=7):
         ax.text(0.005, y, line, family='monospace', fontsize=7.5, va='center',
                 transform=ax.get_yaxis_transform())
         if not y or rows[y - 1][0] != k:
-            label = f'segment {k + 1}\nexpert {best + 1}: {100 * e[k, best]:.0f}%'
-            ax.text(-0.01, y, label, fontsize=7.5, va='top', ha='right', transform=ax.get_yaxis_transform())
+            label = f'segment {k + 1}: expert {best + 1}, {100 * e[k, best]:.0f}%'
+            ax.text(-0.01, y, label, fontsize=7.5, va='center', ha='right', transform=ax.get_yaxis_transform())
             ax.axhline(y - 0.5, color='0.3', lw=0.6)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xticks=[], yticks=[])
     save(fig, 'text')
