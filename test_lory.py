@@ -1099,6 +1099,8 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home, monkeypatc
     run_script(train, run_home, '--init_from=resume', f'--out_dir={out.name}')
     for name in ('ckpt.pt', 'best.pt'):
         assert_close(carried(out / name), carried(whole / name), rtol=0, atol=0)
+        orders = [list(load_checkpoint(folder / name)[1]['optimizer']['state']) for folder in (out, whole)]
+        assert orders[0] == orders[1]
     for name in ('loss.png', 'experts.png'):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert set(os.listdir(out)) == set(os.listdir(whole))

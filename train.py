@@ -397,9 +397,11 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, u
 def load_optimizer(model, optimizer, state):
     """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
     the flags say."""
+    params = dict(model.named_parameters())
     with implicit_replication():  # with --shard each rank takes its share
-        for name, p in model.named_parameters():
-            for key, value in state['state'][name].items():  # two averages like p, and a step ()
+        for name, averages in state['state'].items():  # in the file's order, which the next file then has too
+            p = params[name]
+            for key, value in averages.items():  # two averages like p, and a step ()
                 own = torch.zeros_like(p) if value.dim() else torch.zeros((), device=p.device)
                 optimizer.state[p][key] = own.copy_(value.to(p.device))
 
