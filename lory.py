@@ -6,7 +6,7 @@ small linear map that says how much each expert counts. Most mixtures send a tok
 choice has no gradient, and without a balancing loss some experts get no tokens. Lory makes no choice. It
 averages the *weights* of all experts and runs the one averaged FFN:
 
-    merged FFN = e_1 θ_1 + ... + e_E θ_E,   e = softmax(router(h))    (Sec. 2.2; from SMEAR, arXiv:2306.03745)
+    merged FFN = e_1 θ_1 + ... + e_E θ_E,   e = softmax(router(h))    (Sec. 2.2; SMEAR, arXiv:2306.03745)
 
 Everything is differentiable, and no balancing loss is needed. Merging once per token would cost as much as
 running E FFNs, so Lory merges once per *segment* of T tokens. It stays autoregressive by *causal segment
@@ -33,7 +33,7 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N of them in
+    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N in
     e  routing weights (Eq. 3)     h  mean hidden state of a segment             training, B in generation
                                    in, out  D and H, or H and D
 
@@ -183,7 +183,7 @@ class MergedLinear(torch.autograd.Function):
     """y = x W with W = merge(e, θ), where W is recomputed in the backward pass.
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16.
-    Recomputing takes E/T of the matmul's multiply-adds (App. B). The chain rule of y = x W, W = Σ_i e_i θ_i:
+    Recomputing takes E/T of the matmul's multiply-adds (App. B). Chain rule of y = x W, W = Σ_i e_i θ_i:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -195,12 +195,12 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ rather than transpose W. torch.compile would recognise W as already computed and keep it.
+        # Merge θᵀ rather than transpose W. torch.compile would see that W was computed and keep it.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
         # The gradient through the softmax depends on how de differs between experts. Just after warm-up they
-        # differ by less than bfloat16 resolves, so subtract θ_1 before rounding and add dW θ_1ᵀ afterwards.
+        # differ by less than bfloat16 resolves, so subtract θ_1 before rounding and add dW θ_1ᵀ after it.
         parts = theta - theta[:1]  # (E, in, out)
         parts[0] = theta[0]  # θ_1, θ_2 - θ_1, θ_3 - θ_1, ...
         de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)  # (S, E)
@@ -310,9 +310,9 @@ class Lory(nn.Module):
         random generator of its own, seeded by (seed, name), and all experts get the same numbers. So models
         of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. While experts are equal, de_si = <dW_s, θ_i> is the same for all i,
+        The router must not begin at zero. While experts are equal, de_si = <dW_s, θ_i> is equal for all i,
         and the softmax passes on differences only: the router learns nothing. If e is uniform too, then
-        dθ_i = Σ_s e_si dW_s is the same for all i, and the experts stay equal for ever. A random router gives
+        dθ_i = Σ_s e_si dW_s is equal for all i, and the experts stay equal for ever. A random router gives
         them different e_si, so different gradients. They part, and then the router learns too."""
         for name, p in self.named_parameters():
             if p.dim() < 2:

@@ -107,8 +107,9 @@ def read_builtin(mb_per_domain):
     files, docs, room = [], [], dict.fromkeys(DOMAINS, mb_per_domain * 1e6)
     for library in LIBRARIES:
         try:
-            files += [(str(f), f.locate()) for f in metadata.files(library) or ()  # None without a list of files
-                      if f.suffix in ('.py', '.h', '.hpp', '.cuh') and '/ATen/ops/' not in str(f)]  # generated
+            listed = metadata.files(library) or ()  # None if the library came without a list of its files
+            files += [(str(f), f.locate()) for f in listed if f.suffix in ('.py', '.h', '.hpp', '.cuh')
+                      and '/ATen/ops/' not in str(f)]  # that folder is generated
         except metadata.PackageNotFoundError:
             say('note', f'{library} is not installed, so its text is missing; see requirements.txt')
     # The same shuffle for everyone. Salted, for the bare sha1 decides what is held out.

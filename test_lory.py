@@ -582,7 +582,7 @@ def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
 
 
 def data_check_twins(texts, n_held):
-    """near_duplicates against its definition. -> similarities (n, n), {number of a dropped text: of its twin}"""
+    """near_duplicates against its definition. -> similarities (n, n), {dropped text: its twin}, as numbers"""
     docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
     texts = [' '.join(text.split()) for text in texts]
     sets = [{text[i:i + 9] for i in range(len(text) - 8)} if len(text) >= 50 else {text} for text in texts]
@@ -1248,7 +1248,8 @@ def test_two_ranks_equal_one_step_by_step_and_end_when_one_dies(run_home):
     Then runs are resumed to step 12, those of two processes in one, and that of one process in two."""
     short = [*TINY, '--max_iters=8', '--dense_warmup=.4', '--log_interval=1', '--eval_interval=8']
     longer = ['--init_from=resume', '--max_iters=12']
-    ddp, shard = ['--shard=False', '--gradient_accumulation_steps=2'], ['--shard', '--activation_checkpointing']
+    ddp = ['--shard=False', '--gradient_accumulation_steps=2']
+    shard = ['--shard', '--activation_checkpointing']
     one, *others = (run_home / name for name in ('one', 'ddp', 'shard', 'one-ddp', 'one-shard'))
     run_script(train, run_home, *short, '--out_dir=one')
     for out in others[2:]:

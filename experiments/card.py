@@ -124,7 +124,8 @@ def test_a_run_on_a_card_mixes_no_devices_and_waits_once_an_update(fake_run):
 
 def test_decoding_on_a_card_mixes_no_devices_and_never_waits(card):
     with FakeTensorMode(), Synchronizations() as waits:
-        model, idx = on_card(Lory(LoryConfig(50, **SHAPE | dict(block_size=12)))), torch.zeros(2, 9, dtype=torch.int64, device=card)
+        model = on_card(Lory(LoryConfig(50, **SHAPE | dict(block_size=12))))
+        idx = torch.zeros(2, 9, dtype=torch.int64, device=card)
         logits, _, caches = model.prefill(idx)
         prompt = waits.where.total()
         for _ in range(8):  # past block_size

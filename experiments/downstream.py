@@ -8,8 +8,9 @@ A question is a place in a held-out document. The model reads the 64, 128 or 256
 four texts of 64 tokens: the document's continuation, and what stands at the same place, counted in tokens, in
 three other held-out documents of its domain. It chooses the highest log-likelihood per byte. That often
 picks the text which is easy in itself. So a second figure, *gained*, first subtracts from each text's
-log-likelihood the one that it has after <|endoftext|> alone. Places lie 64 tokens apart, from token 256 on, so no continuation is asked for twice, and all prompt lengths have the same
-answers. Only a document's first place has its beginning for a prompt.
+log-likelihood the one that it has after <|endoftext|> alone. Places lie 64 tokens apart, from token 256 on,
+so no continuation is asked for twice, and all prompt lengths have the same answers. Only a document's first
+place has its beginning for a prompt.
 
 What a figure means: by its prompt the model tells how one text goes on from how others of its kind do, by
 topic, names and style. At each place all documents are equally likely to be the one asked about, so a guess

@@ -132,7 +132,8 @@ def text(data, model, layer, segments=12):
                 transform=ax.get_yaxis_transform())
         if not y or rows[y - 1][0] != k:
             label = f'segment {k + 1}: expert {best + 1}, {100 * e[k, best]:.0f}%'
-            ax.text(-0.01, y, label, fontsize=7.5, va='center', ha='right', transform=ax.get_yaxis_transform())
+            ax.text(-0.01, y, label, fontsize=7.5, va='center', ha='right',
+                    transform=ax.get_yaxis_transform())
             ax.axhline(y - 0.5, color='0.3', lw=0.6)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xticks=[], yticks=[])
     save(fig, 'text')

@@ -153,6 +153,20 @@ def peak(work):
     return most[0], result
 
 
+def update(model, running, optimizer, idx, tied):
+    """One update as train.py makes it. idx (B, L + 1) -> loss"""
+    loss = running(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    if tied:
+        model.tie_gradients()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if tied:
+        model.tie_experts()
+    return loss.detach()
+
+
 def train_and_measure(part, config, folder):
     """One part on one rank: 'sharded', 'resumed' or 'ddp'.
     -> {phase: peak}, seconds of the quickest update"""
@@ -183,22 +197,15 @@ def train_and_measure(part, config, folder):
         if dist.get_rank() == 0:
             save_checkpoint(f'{folder}/{FILE}', model, weights, optimizer=averages)
 
-    def update(tied):
+    def timed_update(tied):
         began = time.perf_counter()
-        running(idx[:, :-1], idx[:, 1:])[1].backward()
-        if tied:
-            model.tie_gradients()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if tied:
-            model.tie_experts()
+        update(model, running, optimizer, idx, tied)
         return time.perf_counter() - began
 
     model, running, optimizer = phase('start', start)
     if part == 'resumed':
         phase('resume', resume)
-    seconds = [phase('warm-up', lambda: update(True)), phase('after', lambda: update(False))]
+    seconds = [phase('warm-up', lambda: timed_update(True)), phase('after', lambda: timed_update(False))]
     if part == 'sharded':
         phase('save', save)
     return peaks, min(seconds)

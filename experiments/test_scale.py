@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.testing import assert_close
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
 import train
 from lory import Lory, LoryConfig, read_checkpoint, save_checkpoint
+from shard import update
 
 ADAM = dict(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 SHAPE = dict(block_size=24, n_layer=2, n_head=2, n_embd=16, ffn_hidden=24, n_experts=4, segment_len=6)
@@ -30,23 +32,9 @@ def config(**changes):
     return LoryConfig(**{**SHAPE, 'vocab_size': 50, **changes})
 
 
-def update(model, running, optimizer, idx, tied):
-    """One update as train.py makes it. -> loss"""
-    loss = running(idx[:, :-1], idx[:, 1:])[1]
-    loss.backward()
-    if tied:
-        model.tie_gradients()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if tied:
-        model.tie_experts()
-    return loss.detach()
-
-
 def test_a_run_on_a_card_in_a_process_of_its_own():
-    card = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'card.py')
-    ended = subprocess.run([sys.executable, '-m', 'pytest', '-q', card], capture_output=True, text=True)
+    command = [sys.executable, '-m', 'pytest', '-q', f'{HERE}/card.py']
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout
 
 
