@@ -199,12 +199,9 @@ class MergedLinear(torch.autograd.Function):
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
-        # The gradient through the softmax depends on how de differs between experts. Just after warm-up they
-        # differ by less than bfloat16 resolves, so subtract θ_1 before rounding and add dW θ_1ᵀ after it.
-        parts = theta - theta[:1]  # (E, in, out)
-        parts[0] = theta[0]  # θ_1, θ_2 - θ_1, θ_3 - θ_1, ...
-        de = (parts.to(x.dtype).flatten(1) @ dW.mT).mT.to(e.dtype)  # (S, E)
-        de[:, 1:] += de[:, :1]
+        # In float32: the router learns from how de differs between experts, and just after warm-up they
+        # differ by less than bfloat16 resolves.
+        de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
 
@@ -476,27 +473,21 @@ def draw(logits, temperature, top_k, top_p):
 
 # --- Flags, files and errors, shared by the scripts. ---
 
-def number(kind, low, below=math.inf):
-    """An argparse type: an int or a float with low <= number < below."""
+def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
+    """--name=value, of its default's type; a number is in low <= value < below; --name alone means True."""
+    kind = type(default)
+
     def parse(text):
-        if not low <= kind(text) < below:
-            limit = '' if below == math.inf else f' and below {below}'
-            raise argparse.ArgumentTypeError(f'{text} must be a finite number of at least {low}{limit}')
-        return kind(text)
+        if kind is bool:
+            return ['false', 'true'].index(text.lower()) == 1  # a ValueError for any other word
+        value = kind(text)
+        if kind is not str and not low <= value < below:
+            raise argparse.ArgumentTypeError(f'{text} must be finite, at least {low} and below {below}')
+        return value
     parse.__name__ = kind.__name__  # as in argparse's "invalid int value"
-    return parse
-
-
-def boolean(text):
-    return ['false', 'true'].index(text.lower()) == 1  # for other words a ValueError, as argparse wants
-
-
-def add_flag(parser, name, default, help, type=None, choices=None):
-    """--name=value, of the default's type unless another is given. For a boolean, --name alone means True."""
-    more = dict(type=type or default.__class__, choices=choices)
-    if isinstance(default, bool):
-        more = dict(type=boolean, nargs='?', const=True)
-    parser.add_argument(f'--{name}', default=default, help=f'{help} (default: {default})', **more)
+    alone = dict(nargs='?', const=True) if kind is bool else {}
+    parser.add_argument(f'--{name}', default=default, type=parse, choices=choices,
+                        help=f'{help} (default: {default})', **alone)
 
 
 def make_parser(doc):
@@ -512,8 +503,6 @@ def run_script(main):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os._exit(1)
     except UserError as error:
         sentence = str(error)
     except RuntimeError as error:

@@ -37,7 +37,7 @@ import numpy as np
 import regex
 import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers
 
-from lory import UserError, add_flag, make_parser, number, read_checkpoint, run_script
+from lory import UserError, add_flag, make_parser, read_checkpoint, run_script
 
 FORMAT = 1              # of the dataset on disk; a reader refuses any other
 FILES = {'meta.json', 'tokenizer.json', 'train.bin', 'train_docs.npz', 'val.bin', 'val_docs.npz'}
@@ -566,12 +566,12 @@ def flags():
     add_flag(parser, 'dataset', '', 'folder in data/ to write; empty: builtin, or the first input\'s name')
     add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one that tiktoken knows, '
              'such as gpt2, which it downloads; or a checkpoint or tokenizer.json, to use the same')
-    add_flag(parser, 'vocab_size', 2048, 'tokens of bpe, <|endoftext|> included', number(int, 257, 10**6))
+    add_flag(parser, 'vocab_size', 2048, 'tokens of bpe, <|endoftext|> included', low=257, below=10**6)
     add_flag(parser, 'order', 'similar', 'order of the training documents', choices=['similar', 'random'])
-    add_flag(parser, 'n_neighbors', 32, 'neighbours that may follow a document', number(int, 1))
-    add_flag(parser, 'val_fraction', 0.05, 'share of each domain to hold out', number(float, 1e-6, 1))
-    add_flag(parser, 'mb_per_domain', 5.0, 'MB of each domain of the built-in corpus', number(float, 1e-6))
-    add_flag(parser, 'seed', 1337, 'of the walk and the shuffle, not of what is held out', number(int, 0))
+    add_flag(parser, 'n_neighbors', 32, 'neighbours that may follow a document', low=1)
+    add_flag(parser, 'val_fraction', 0.05, 'share of each domain to hold out', low=1e-6, below=1)
+    add_flag(parser, 'mb_per_domain', 5.0, 'MB of each domain of the built-in corpus', low=1e-6)
+    add_flag(parser, 'seed', 1337, 'of the walk and the shuffle, not of what is held out')
     return parser
 
 

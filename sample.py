@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, number, run_script,
-                  save_checkpoint, usable_device)
+from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint,
+                  usable_device)
 from prepare import encode, load_tokenizer
 
 
@@ -25,16 +25,15 @@ def flags():
     add_flag(parser, 'out_dir', 'out', 'folder of the run, whose ckpt.pt is read')
     add_flag(parser, 'checkpoint', '', 'a checkpoint file to read instead')
     add_flag(parser, 'start', '', 'the prompt, or FILE:path to read it from; empty: a document begins')
-    add_flag(parser, 'num_samples', 1, 'continuations', number(int, 1))
-    add_flag(parser, 'max_new_tokens', 300, 'tokens in each, at most', number(int, 1))
-    add_flag(parser, 'temperature', 0.8, 'below 1 favours likely tokens, 0 is greedy', number(float, 0))
-    add_flag(parser, 'top_k', 0, 'draw from the k likeliest tokens only; 0: from all', number(int, 0))
-    add_flag(parser, 'top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability',
-             number(float, 0))
+    add_flag(parser, 'num_samples', 1, 'continuations', low=1)
+    add_flag(parser, 'max_new_tokens', 300, 'tokens in each, at most', low=1)
+    add_flag(parser, 'temperature', 0.8, 'below 1 favours likely tokens, 0 is greedy')
+    add_flag(parser, 'top_k', 0, 'draw from the k likeliest tokens only; 0: from all')
+    add_flag(parser, 'top_p', 1.0, 'draw from the likeliest tokens that hold this share of the probability')
     add_flag(parser, 'stop', '', 'end a sample once it holds this text; it always ends with the document')
     add_flag(parser, 'show_routing', False, "print each expert's share in each layer")
     add_flag(parser, 'save_dense', '', 'write the dense model that the prompt makes to this file')
-    add_flag(parser, 'seed', 1337, 'of the draws', number(int, 0, 2**63))
+    add_flag(parser, 'seed', 1337, 'of the draws', below=2**63)
     add_flag(parser, 'device', 'auto', 'auto, cpu, cuda, mps')
     return parser
 

@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections import deque
 from dataclasses import fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -40,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import prepare
-from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, number, read_checkpoint,
+from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, usable_device)
 
 # The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32
@@ -55,32 +54,32 @@ MODEL_FIELDS = [f for f in fields(LoryConfig) if 'help' in f.metadata]
 
 def flags():
     parser = make_parser(__doc__)
-    flag, count, share = partial(add_flag, parser), number(int, 1), number(float, 0, 1)
+    flag = partial(add_flag, parser)
     flag('preset', '', 'start from a model of the paper; other flags override it', choices=list(PRESETS))
     flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
     flag('out_dir', 'out', 'where the run leaves its checkpoints, log and pictures')
     flag('init_from', 'scratch', 'scratch; resume: go on from out_dir/ckpt.pt; or a checkpoint to start from')
-    flag('max_iters', 6000, 'updates in the whole run', count)
-    flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps', count)
-    flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", count)
-    flag('learning_rate', 3e-3, 'peak of the cosine schedule', share)
-    flag('min_lr_ratio', 0.1, 'its end, as a share of the peak', share)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1)', share)
-    flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', share)
-    flag('weight_decay', 0.1, "AdamW's, on matrices", number(float, 0))
-    flag('beta1', 0.9, "AdamW's", share)
-    flag('beta2', 0.95, "AdamW's", share)
-    flag('grad_clip', 1.0, 'gradient norm above which gradients are scaled down; 0: never', number(float, 0))
-    flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt', count)
-    flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all', number(int, 0))
-    flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', count)
+    flag('max_iters', 6000, 'updates in the whole run', low=1)
+    flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps', low=1)
+    flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
+    flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
+    flag('min_lr_ratio', 0.1, 'its end, as a share of the peak', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1)', below=1)
+    flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
+    flag('weight_decay', 0.1, "AdamW's, on matrices")
+    flag('beta1', 0.9, "AdamW's", below=1)
+    flag('beta2', 0.95, "AdamW's", below=1)
+    flag('grad_clip', 1.0, 'gradient norm above which gradients are scaled down; 0: never')
+    flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt', low=1)
+    flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
+    flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', low=1)
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
     flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model')
     flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
     flag('shard', False, 'split parameters, gradients and averages over the ranks (Sec. 4.1)')
-    flag('seed', 1337, 'of the weights and of the order of the data', number(int, 0, 2**32))
+    flag('seed', 1337, 'of the weights and of the order of the data', below=2**32)
     for f in MODEL_FIELDS:
         flag(f.name, f.default, f.metadata['help'], choices=f.metadata['choices'])
     return parser
@@ -147,7 +146,7 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = deque(maxlen=args.log_interval), 0  # seconds of the last steps; of a validation and save
+    times, pause = [], 0  # seconds of each step of this process; of a validation and save
     asked = []  # signals: the first ends the run after the current step, a second one kills the process
 
     def stop_soon(which, frame):
@@ -192,7 +191,8 @@ def main(argv=None, build=Lory):
 
         # --- report ---
         if step % args.log_interval == 0:
-            mean, seconds = statistics.fmean(losses[-args.log_interval:]), statistics.median(times)
+            mean = statistics.fmean(losses[-args.log_interval:])
+            seconds = statistics.median(times[-args.log_interval:])
             tok_s = tokens_per_step / max(seconds, 1e-9)
             rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
             validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
@@ -209,7 +209,7 @@ def main(argv=None, build=Lory):
         if validate:
             model.eval()
             with torch.compiler.set_stance('force_eager'):  # shapes vary here
-                sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast, rank, world)
+                sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast)
                 greedy = model.generate(prompt, 40, temperature=0)  # (1, 40)
             model.train()
             row = dict(step=step, **summary(sums, windows))
@@ -265,14 +265,12 @@ def read_settings(argv):
     only changes need flags."""
     parser, saved, defaults, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
-    if not args.out_dir:
-        raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
     latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # ranks share one mapped file
     if args.init_from == 'resume':
-        saved, fixed = read_checkpoint(latest, mmap=several), FIXED
+        saved = read_checkpoint(latest, mmap=several)
         if 'args' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
-        defaults = saved['args'] | dict(out_dir=args.out_dir)
+        defaults, fixed = saved['args'] | dict(out_dir=args.out_dir), FIXED
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
@@ -284,8 +282,6 @@ def read_settings(argv):
     for name in sorted(fixed):
         if getattr(args, name) != defaults[name]:
             raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
-    if args.init_from == 'resume' and args.max_iters < saved['step']:
-        raise UserError(f'the run is at step {saved["step"]} already: raise --max_iters={args.max_iters}.')
     if args.shard and (not several or args.dtype == 'float16'):
         raise UserError('shard=True needs torchrun, and not dtype=float16: or say --shard=False.')
     return args, saved
@@ -453,8 +449,9 @@ def validation_windows(split, domains, L, limit=0):
 
 
 @torch.no_grad()
-def evaluate(model, windows, token_bytes, micro, autocast, rank=0, world=1):
-    """-> sums (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions, [:, 1] after segment 1;
+def evaluate(model, windows, token_bytes, micro, autocast):
+    """Every rank does all of it, so it needs no communication.
+    -> sums (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions, [:, 1] after segment 1;
     routing (n_domains, n_layer, E), mean weights of the segments after the first, if any (Sec. 5.4);
     used (n_layer, E), bool, experts with a weight above 2/E for some of these segments (App. G.1)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
@@ -464,23 +461,18 @@ def evaluate(model, windows, token_bytes, micro, autocast, rank=0, world=1):
     routing = torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     for d, chosen in enumerate(windows.values()):
-        for i in range(0, len(chosen), world * micro):
-            mine = chosen[i + rank * micro:][:micro]
-            x, y = to_xy(mine or chosen[:1], device)  # a rank without windows too: FSDP2 needs all
+        for i in range(0, len(chosen), micro):
+            x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
-            if mine:
-                nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view_as(y)
-                size = token_bytes[y]  # (B, L); <|endoftext|> has no bytes and is not counted
-                terms = torch.stack([nats * (size > 0), size > 0, size])  # (3, B, L)
-                sums[d, 0] += terms.sum((1, 2))
-                sums[d, 1] += terms[:, :, T:].sum((1, 2))
-                e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
-                routing[d] += e.mean(2).sum(0) / len(chosen)
-                used += (e > 2 / E).sum((0, 2))
-    if world > 1:
-        for total in (sums, routing, used):
-            dist.all_reduce(total)
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view_as(y)
+            size = token_bytes[y]  # (B, L); <|endoftext|> has no bytes and is not counted
+            terms = torch.stack([nats * (size > 0), size > 0, size])  # (3, B, L)
+            sums[d, 0] += terms.sum((1, 2))
+            sums[d, 1] += terms[:, :, T:].sum((1, 2))
+            e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
+            routing[d] += e.mean(2).sum(0) / len(chosen)
+            used += (e > 2 / E).sum((0, 2))
     return sums.cpu(), routing.cpu(), used.cpu() > 0
 
 

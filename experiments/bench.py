@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
-from lory import Lory, LoryConfig, LoryFFN, add_flag, atomic_open, make_parser, number, run_script
+from lory import Lory, LoryConfig, LoryFFN, add_flag, atomic_open, make_parser, run_script
 from token_moe import ExpertChoiceFFN, MixtralFFN, SwitchFFN
 from train import PRESETS, pick_device
 
@@ -221,8 +221,8 @@ def main():
                         help='shapes of the model (default: %(default)s)')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS,
                         help="beside dense (default: the size's own)")
-    add_flag(parser, 'rounds', 11, 'timed steps of each variant', number(int, 2))
-    add_flag(parser, 'batch', 0, "sequences a step; 0: the size's own", number(int, 0))
+    add_flag(parser, 'rounds', 11, 'timed steps of each variant', low=2)
+    add_flag(parser, 'batch', 0, "sequences a step; 0: the size's own")
     add_flag(parser, 'device', 'auto', 'auto, cpu, cuda')
     add_flag(parser, 'dtype', 'auto', 'of the matmuls', choices=['auto', 'float32', 'bfloat16', 'float16'])
     add_flag(parser, 'compile', False, 'torch.compile the models')

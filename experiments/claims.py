@@ -24,7 +24,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from lory import UserError, add_flag, atomic_open, make_parser, number, run_script
+from lory import UserError, add_flag, atomic_open, make_parser, run_script
 
 SEEDS = (1337, 1, 2)
 GROUPS = {  # in the order in which they are made
@@ -281,7 +281,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP',
                         help=', '.join(GROUPS))
-    add_flag(parser, 'workers', 2, 'runs at a time, one thread each', number(int, 1))
+    add_flag(parser, 'workers', 2, 'runs at a time, one thread each', low=1)
     add_flag(parser, 'table', TABLE, 'result file in experiments/ to report from; new rows go to runs.csv')
     args = parser.parse_args()
     rows = table()

@@ -41,7 +41,7 @@ ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
 from claims import SEEDS
-from lory import (Lory, LoryConfig, LoryFFN, UserError, add_flag, atomic_open, make_parser, number,
+from lory import (Lory, LoryConfig, LoryFFN, UserError, add_flag, atomic_open, make_parser,
                   read_checkpoint, run_script, swiglu)
 from token_moe import LAYERS
 
@@ -163,8 +163,8 @@ def main(argv=None):
     parser = make_parser(__doc__)
     parser.add_argument('--checkpoint', nargs='+', default=[], metavar='FILE', help='measure these as well')
     add_flag(parser, 'dataset', 'builtin', 'folder under data/ whose held-out text is asked about')
-    add_flag(parser, 'questions', 300, 'of each domain and prompt length', number(int, 1))
-    add_flag(parser, 'seed', 1337, 'of the questions', number(int, 0))
+    add_flag(parser, 'questions', 300, 'of each domain and prompt length', low=1)
+    add_flag(parser, 'seed', 1337, 'of the questions')
     add_flag(parser, 'result', f'{HERE}/downstream.json', 'file to write')
     args = parser.parse_args(argv)
     data = prepare.load_dataset(f'data/{args.dataset}', LONGEST + AFTER)

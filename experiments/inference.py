@@ -26,7 +26,7 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import prepare
-from lory import Lory, add_flag, atomic_open, load_checkpoint, make_parser, number, run_script
+from lory import Lory, add_flag, atomic_open, load_checkpoint, make_parser, run_script
 from reroute import ReroutedFFN
 from train import evaluate, summary, validation_windows
 
@@ -137,7 +137,7 @@ def main():
     parser.add_argument('--runs', nargs='+', default=['dense=out-dense', 'prior=out', 'self=out-self'],
                         metavar='NAME=FOLDER', help='the runs to compare (default: %(default)s)')
     add_flag(parser, 'dataset', 'builtin', 'folder under data/ that prepare.py made')
-    add_flag(parser, 'windows', 32, 'of each domain, evenly spaced', number(int, 1))
+    add_flag(parser, 'windows', 32, 'of each domain, evenly spaced', low=1)
     args = parser.parse_args()
     models = {name: load_checkpoint(f'{path}/ckpt.pt')[0] for name, path in (r.split('=') for r in args.runs)}
     data = prepare.load_dataset(f'data/{args.dataset}', 1024)
