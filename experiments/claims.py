@@ -50,6 +50,7 @@ GROUPS = {  # in the order in which they are made
     # 3000 / 0.904: as long as 8 experts at T = 64 take.
     'dense half longer': '--n_experts=1 --max_iters=3319',
     'e2 half': '--n_experts=2 --segment_len=64 --max_iters=3000',
+    'e32 half': '--n_experts=32 --segment_len=64 --max_iters=3000',
     'e8 half prefix': '--n_experts=8 --segment_len=64 --routing=prefix --max_iters=3000',
     'e8 half expert choice': '--n_experts=8 --max_iters=3000',
     'e8 half no warm-up': '--n_experts=8 --segment_len=64 --dense_warmup=0 --max_iters=3000',
@@ -103,6 +104,8 @@ TABLES = {  # title -> (baseline, groups compared with it)
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
     'Half as long, five languages': ('dense half languages', ['e8 half languages']),
 }
+HALVES = {'e8': 'e8 half', 'e8 T256': 'e8 half T256', 'e32': 'e32 half'}  # the same with half the steps
+SPEEDS = {'e8': 'E=8 T=64', 'e8 T256': 'E=8', 'e32': 'E=32 T=64'}  # their variants of bench.py
 TABLE = 'runs.csv'
 
 
@@ -212,6 +215,25 @@ def report(rows):
                       + f'{show(change(runs, bases, bpb), "+.2f", "%")} |')
 
 
+def report_time(rows):
+    """In what share of dense's tokens and time a model ends at the final loss of dense, seed by seed. Between
+    its runs of 3,000 and of 6,000 steps, each with a schedule of its own, loss falls as a line in the
+    logarithm of the steps. Time is tokens over the tokens/s of bench-default-cpu.json."""
+    with open(f'{HERE}/bench-default-cpu.json', encoding='utf-8') as f:
+        speed = {row['variant']: row['ratio'] for row in json.load(f)['rows']}
+    dense = last('dense', rows)
+    print('\n| To the final loss of dense | tokens | time |\n|---|---|---|')
+    for group, half in HALVES.items():
+        whole, begun = last(group, rows), last(half, rows)
+        share = []
+        for seed in sorted(whole.keys() & begun.keys() & dense.keys()):
+            long, short, goal = (float(runs[seed]['val_bpb']) for runs in (whole, begun, dense))
+            share.append(0.5 * 2 ** ((short - goal) / (short - long)))
+        if share:
+            time = [s / speed[SPEEDS[group]] for s in share]
+            print(f'| {group} | {show(share, ".2f")} | {show(time, ".2f")} |')
+
+
 def numbers(runs, name):
     return [float(r[name]) for r in runs.values()]
 
@@ -314,6 +336,7 @@ def main():
             pool.shutdown(cancel_futures=True)
             raise UserError('stopped; the same command goes on.') from None
     report(table(args.table))
+    report_time(table(args.table))
     if not args.train:
         draw(table(args.table))
     if failed:
