@@ -284,15 +284,15 @@ class Block(nn.Module):
 class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
-    A layer of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing in training,
-    derive from LoryFFN and override `route`. In general a layer is made from a config and returns (output,
-    routing weights) from ffn(x, cache). An `aux_loss` that it sets is added to the loss in training.
+    An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing in training,
+    derive from LoryFFN and override `route`. In general MyFFN(config) makes a module that returns (output,
+    routing weights) when called with (x, cache). An `aux_loss` that it sets is added to the loss in training.
     init_weights draws its matrices; parameters of three dimensions must be stacked experts (E, in, out).
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
-        self.config, self.layer_name = config, ffn.__name__  # a checkpoint stores both
+        self.config, self.ffn_name = config, ffn.__name__  # a checkpoint stores both
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ffn) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd)
@@ -362,8 +362,9 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
         (only weight decay touches it, 4% in a default run).
 
-        The mean is dW / E, about what each expert gets just after warm-up too, so Adam's averages stay valid.
-        Two things differ from a dense model: clipping sees dW / sqrt(E), Adam's epsilon stands by dW / E."""
+        The mean is dW / E. Each expert gets about as much just after warm-up, so Adam's averages stay valid.
+        Two things differ from training a dense model, whose gradient is dW: the norm that clipping measures
+        has dW / sqrt(E) in its place, and Adam's epsilon is compared with dW / E."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -379,11 +380,11 @@ class Lory(nn.Module):
                 p.copy_(p[:1].clone())
 
     @torch.no_grad()
-    def fill(self, state, layer=None):
-        """Take the weights of a state dict, in which `layer` is the layers' name. A dense model's fill every
-        expert; the router stays as it is. UserError if they do not fit."""
-        if layer not in (None, self.layer_name):
-            raise UserError(f'the checkpoint has layers of type {layer}: use the script that trained it.')
+    def fill(self, state, ffn_name=None):
+        """Take the weights of a state dict. Those of a dense model fill every expert, and the router stays as
+        it is. UserError if they do not fit, or come from another class of FFN than this model's."""
+        if ffn_name not in (None, self.ffn_name):
+            raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         for name, p in self.named_parameters():
             if name in state or '.router.' not in name:
                 try:
@@ -551,7 +552,7 @@ def save_checkpoint(path, model, weights=None, **rest):
     weights = model.state_dict() if weights is None else weights
     config = asdict(model.config)
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, layer=model.layer_name, config=config, model=weights), f)
+        torch.save(dict(rest, format=FORMAT, layer=model.ffn_name, config=config, model=weights), f)
 
 
 def read_checkpoint(path, mmap=False):
@@ -575,7 +576,7 @@ def read_checkpoint(path, mmap=False):
 
 def load_checkpoint(path, device='cpu', build=Lory):
     """-> the model stored at path, on `device` and in eval mode, and the dict that it was stored in.
-    `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for a layer of your own."""
+    `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for an FFN of your own."""
     ckpt = read_checkpoint(path)
     model = build(LoryConfig(**ckpt['config']))
     model.fill(ckpt['model'], ckpt['layer'])

@@ -62,7 +62,7 @@ def show_routing(e):
 
 
 def main(argv=None, build=Lory):
-    """`build` makes the model from its config: partial(Lory, ffn=MyFFN) for a layer of your own."""
+    """`build` makes the model from its config: partial(Lory, ffn=MyFFN) for an FFN of your own."""
     args = flags().parse_args(argv)
     if os.path.exists(args.save_dense):
         raise UserError(f'{args.save_dense} exists: choose another --save_dense.')

@@ -87,7 +87,7 @@ def flags():
 
 def main(argv=None, build=Lory):
     """One run; returns the exit code. `build(config, seed=...)` makes the model: with build=partial(Lory,
-    ffn=MyFFN) it trains a layer of your own."""
+    ffn=MyFFN) it trains an FFN of your own."""
     # --- settings ---
     args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})

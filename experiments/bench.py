@@ -156,7 +156,7 @@ def products(subject, steps=5):
 def merging(model, L):
     """FLOPs that merging adds to a training step, per token: E/T of the FFN's (App. B)."""
     E, T = model.config.n_experts, min(model.config.segment_len, L)
-    if E == 1 or model.layer_name != 'LoryFFN':
+    if E == 1 or model.ffn_name != 'LoryFFN':
         return 0
     return 6 * E / T * sum(p[0].numel() for p in model.parameters() if p.dim() == 3)
 
