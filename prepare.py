@@ -6,9 +6,9 @@ From documents to training data: read, hold out, chain similar documents, tokeni
     python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
 Lory routes each segment by the segment before it, so neighbouring segments must have something to do with
-each other. Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2,
-App. C) therefore orders documents by similarity. It embeds with Contriever and searches with FAISS; TF-IDF
-and exact search, used here, need no model and no GPU, and find the same order on every machine.
+each other. Random documents packed into one sequence would break that at every joint, so documents are put
+in order of similarity (Sec. 3.2, App. C). The paper embeds with Contriever and searches with FAISS. TF-IDF
+and exact search need no model and no GPU, and find the same order on every machine.
 
     documents -> equal ones out -> hold out -> near-duplicates out -> TF-IDF vectors -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one stream of tokens for train.py to cut
@@ -24,10 +24,8 @@ import hashlib
 import heapq
 import json
 import os
-import re
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict, namedtuple
 from importlib import metadata
@@ -74,10 +72,10 @@ def count_bytes(docs):
 # --- The built-in corpus, cut from files of the pinned libraries. They are not imported, nor passed on. ---
 
 def cut(text, breaks=(r'(?<=\n\n)(?=\S)', r'(?<=\n\n)', r'(?<=\n)', '')):
-    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text (in
-    code, the end of a function). A longer block is cut at any blank line, then any line, then anywhere."""
+    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text
+    (in code, the end of a function), a longer block at any blank line, then any line, then anywhere."""
     pieces = ['']
-    for block in re.split(breaks[0], text):
+    for block in regex.split(breaks[0], text):
         for part in [block] if len(block) <= PIECE else cut(block, breaks[1:]):
             if len(pieces[-1]) + len(part) > PIECE:
                 pieces.append('')
@@ -93,8 +91,8 @@ def split_python(source):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if doc := ast.get_docstring(node):
-                # A doctest goes from its prompt to the next blank line. The split alternates: text, doctest.
-                parts = re.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=re.MULTILINE)
+                # A doctest goes from its prompt to the next blank line. split alternates: text, doctest.
+                parts = regex.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=regex.MULTILINE)
                 prose += [part.strip('\n') for part in parts[::2] if part.strip()]
                 repl += parts[1::2]
                 first = node.body[0]
@@ -119,7 +117,7 @@ def read_builtin(mb_per_domain):
             source = file.locate().read_text(encoding='utf-8')
             if file.suffix != '.py':
                 texts = {'cpp': source}
-            elif re.search(r'(^|[/_])(test|tests|testing)[/_.]', str(file)):
+            elif regex.search(r'(^|[/_])(test|tests|testing)[/_.]', str(file)):
                 texts = {'tests': source}
             elif max(room['prose'], room['python'], room['repl'] if '>>> ' in source else 0) > 0:
                 texts = split_python(source)
@@ -128,7 +126,7 @@ def read_builtin(mb_per_domain):
         except (OSError, SyntaxError, ValueError, RecursionError):  # not there, not text, not this Python's
             continue
         for domain, text in texts.items():
-            pieces = [piece for piece in cut(re.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
+            pieces = [piece for piece in cut(regex.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
             for piece in pieces[:4]:  # no long file dominates
                 if room[domain] > 0:
                     docs.append(Document(piece.strip('\n'), domain, str(file)))
@@ -139,7 +137,7 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones. Links are followed, and nothing is visited twice."""
+    """The files at or below `path`, but no hidden ones. Links are followed, nothing is visited twice."""
     place = os.path.realpath(path)
     if place in seen:
         return []
@@ -151,24 +149,18 @@ def walk(path, seen):
     return [file for child in children if not child.name.startswith('.') for file in walk(child, seen)]
 
 
-def read_file(path, source, domain):
-    """The Documents in one file; none if it is not text. UserError for a line of .jsonl that is no record."""
-    try:
-        text = path.read_text(encoding='utf-8-sig') if path.is_file() else ''  # a pipe would wait for ever
-    except (OSError, UnicodeDecodeError):
-        return []
-    if path.suffix.lower() != '.jsonl':
-        return [Document(text, domain, source)] if text.strip() and '\0' not in text else []
+def read_jsonl(text, source, domain):
+    """One Document for each line of `text` that has one. UserError for a line that is no record."""
     docs = []
     for i, line in enumerate(text.split('\n'), 1):
         try:
-            record = json.loads(line or '{"text": ""}')
+            record = json.loads(line.strip() or '{"text": ""}')
             record['text'].encode()  # fails for anything but text, half a surrogate pair too
             label = record.get('domain')
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise UserError(f'{path}, line {i}: expected a JSON object with a string "text".') from None
+            raise UserError(f'{source}, line {i}: expected a JSON object with a string "text".') from None
         if record['text'].strip():
-            label = domain if label in (None, '') else str(label)
+            label = domain if label is None else str(label)
             docs.append(Document(record['text'], label, f'{source}:{i}'))
     return docs
 
@@ -187,16 +179,21 @@ def read_inputs(paths):
     for file, path, name in track('reading', files):
         inside = (name, *file.relative_to(path).parts)
         source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else name
-        found = read_file(file, source, domain)
-        docs += found
-        if not found:
+        try:
+            text = file.read_text(encoding='utf-8-sig') if file.is_file() else ''  # a pipe would block
+        except (OSError, UnicodeDecodeError):
+            text = ''
+        if not text.strip() or '\0' in text:
             skipped.append(source)
+        elif file.suffix.lower() == '.jsonl':
+            docs += read_jsonl(text, source, domain)
+        else:
+            docs.append(Document(text, domain, source))
     if skipped:
-        say('skipped', f'{len(skipped):,} inputs (empty, unreadable or not UTF-8 text), such as '
-            f'{", ".join(skipped[:5])}')
+        say('skipped', f'{len(skipped):,} inputs without readable text: {", ".join(skipped[:5])}, ...')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
-    odd = re.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
+    odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
     return [doc._replace(domain=odd.sub(lambda c: f'<{ord(c[0]):x}>', doc.domain)) for doc in docs]
 
 
@@ -235,7 +232,7 @@ def hold_out(docs, val_fraction):
             i = max(i for i, doc in enumerate(docs) if (doc.domain, doc.source) == (domain, large[0]))
             text, data = docs[i].text, docs[i].text.encode()
             at = len(data[:max(1, len(data) - int(room))].decode(errors='ignore'))
-            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # a line begins, if one does soon
+            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # where a line begins, if soon
             tail = Document(text[at:], domain, f'end of {large[0]}')
             docs[i] = docs[i]._replace(text=text[:at])
             docs.append(tail)
@@ -244,8 +241,8 @@ def hold_out(docs, val_fraction):
 
 
 def ngrams(text):
-    """The set of a text's 9-grams of characters, white space collapsed: sorted hashes (n,) uint64. A text of
-    less than 50 characters is its only element, so equality counts; so is, for memory, one of ten million."""
+    """Sorted hashes (n,) uint64 of the different 9-grams of characters in a text, white space collapsed. A
+    text of less than 50 characters is its only element: equality counts. So is, for memory, a huge one."""
     text = ' '.join(text.split())
     if not 50 <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
@@ -336,10 +333,10 @@ def chain(neighbours, rng):
 
 
 def arrange(docs, order, k, seed):
-    """-> Documents in the order they are written, number of restarts, mean cosine of adjacent ones: here, and
-    shuffled (2,)
+    """-> Documents in the order they are written, number of restarts, mean cosine of adjacent documents in
+    that order and in a random one (2,)
 
-    Comparing all with all takes quadratic time. Above SHARD documents they are cut, as they were read, into
+    Comparing all with all takes quadratic time. More than SHARD documents are cut, as they were read, into
     equal shards that are chained in turn: time grows linearly, memory beside the text stays below 1 GB."""
     result, restarts, cosine = [], 0, np.zeros(2)
     shards = np.array_split(np.arange(len(docs)), -(-len(docs) // SHARD) or 1)
@@ -355,13 +352,13 @@ def arrange(docs, order, k, seed):
 
 # --- Tokenizer: byte-level BPE. 256 bytes can write any text; frequent pairs become tokens too. ---
 
-# What a token may span: a word with the space before it, up to three digits, a run of signs, a run of blanks
-# but for the last one, which joins the word that follows. The shape of GPT-2's pattern.
+# What a token may span, much as in GPT-2: a word with the space before it, up to three digits, a run of
+# signs, a run of blanks but for the last one, which joins the word that follows.
 PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 def in_parts(text):
-    """tiktoken's regex engine overflows on a run of a million blanks; a joint between parts costs a merge."""
+    """tiktoken's regex engine overflows on a million blanks. A joint between parts costs a merge."""
     return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
 
 
@@ -457,7 +454,7 @@ def load_tokenizer(d):
 
 
 def token_bytes(d):
-    """The number of bytes of each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
+    """The bytes in each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
     sizes = [len(base64.b64decode(token)) for token in d['tokens']]
     return sizes + [0] * (max(d['special_tokens'].values()) + 1 - len(sizes))
 
@@ -491,10 +488,9 @@ def save_dataset(path, splits, tokenizer, meta):
                 start = [0]
                 with open(new / f'{split}.bin', 'wb') as f:
                     for doc in track(f'{split}.bin', docs):
-                        f.write(np.array([eot], dtype))
-                        for part in in_parts(doc.text):
-                            f.write(np.array(encoding.encode_ordinary(part), dtype))
-                        start.append(f.tell() // dtype.itemsize)
+                        tokens = [eot, *encode(encoding, doc.text)]
+                        f.write(np.array(tokens, dtype))
+                        start.append(start[-1] + len(tokens))
                 domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
                 np.savez(new / f'{split}_docs.npz', start=np.array(start, '<i8'), domain=domain)
                 meta[split] = {'tokens': start[-1], 'documents': len(docs), 'bytes': count_bytes(docs)}
@@ -509,20 +505,19 @@ def save_dataset(path, splits, tokenizer, meta):
 
 
 def load_dataset(path, block_size):
-    """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says, and
+    """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says and
     each split block_size + 1 tokens."""
     path, splits = Path(path), []
-    cure = f'make it with prepare.py and --dataset={path.name}, in the folder that holds data/.'
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
-        known = meta['format'] == FORMAT
-        wrong = [name for name in FILES - {'meta.json'} if sha256(path / name) != meta['sha256'][name]]
+        if meta['format'] != FORMAT:
+            raise ValueError(f'it has format {meta["format"]}, this is format {FORMAT}')
+        for name in FILES - {'meta.json'}:
+            if sha256(path / name) != meta['sha256'][name]:
+                raise ValueError(f'meta.json has another checksum of {name}')
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); {cure}') from None
-    if not known:
-        raise UserError(f'{path} has data format {meta["format"]}, this is format {FORMAT}; {cure}')
-    if wrong:
-        raise UserError(f'{path / wrong[0]} is not the file that meta.json has the checksum of; {cure}')
+        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); make it with prepare.py and '
+                        f'--dataset={path.name}, in the folder that holds data/.') from None
     for split in ('train', 'val'):
         tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
         if len(tokens) <= block_size:
@@ -540,7 +535,7 @@ def flags():
     parser.add_argument('--input', nargs='+', metavar='PATH', help='folders, whose first-level subfolders '
                         'are domains; text files; .jsonl with "text", "domain" (default: built-in corpus)')
     add_flag(parser, 'dataset', '', 'folder in data/ to write; empty: builtin, or the first input\'s name')
-    add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one that tiktoken knows, '
+    add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one of tiktoken\'s, '
              'such as gpt2, which it downloads; or a checkpoint or tokenizer.json, to use the same')
     add_flag(parser, 'vocab_size', 2048, 'tokens of bpe, <|endoftext|> included', number(int, 257, 10**6))
     add_flag(parser, 'order', 'similar', 'order of the training documents', choices=['similar', 'random'])
@@ -552,34 +547,31 @@ def flags():
 
 
 def main(argv=None):
-    args, began = flags().parse_args(argv), time.perf_counter()
+    args = flags().parse_args(argv)
     args.dataset = args.dataset or (Path(os.path.abspath(args.input[0])).stem if args.input else 'builtin')
     path = Path('data', args.dataset)
     if path.name != args.dataset or args.dataset == '..':
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
-    if path.exists():
-        say('note', f'the dataset that is in {path}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    say('read', f'{len(docs):,} documents, {sum(len(doc.text) for doc in docs) / 1e6:.2f} M characters')
+    say('read', f'{len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
-        raise UserError(f'{len(domains)} domains in the input, 256 is the most: use fewer labels or folders.')
+        raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels.')
 
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)
     if not val:
-        raise UserError(f'no text, or too little text to hold some out (no domain has {4 * MIN_VAL} bytes): '
-                        'give more.')
+        raise UserError(f'no text, or too little text to hold some out: no domain has {4 * MIN_VAL} bytes.')
     train, twins = near_duplicates(val, train)
-    say('dropped', f'{len(copies):,} documents whose text is that of another, {len(twins):,} near-duplicates')
+    say('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:
         dropped, twin = (copies + twins)[0]
         say('warning', f'that is more than half of the input: {dropped.source} counts as {twin.source}')
     if not train:
-        raise UserError('nothing is left to train on beside held-out text and what resembles it: give more.')
+        raise UserError('nothing is left to train on: all text is held out or resembles what is held out.')
     for domain in domains:
         trained, held = (count_bytes(doc for doc in side if doc.domain == domain) for side in (train, val))
         why = ('not measured: too little text' if not held else
@@ -587,22 +579,23 @@ def main(argv=None):
         say(f'  {domain}', f'{trained:13,} bytes to train on {held:11,} held out  {why}'.rstrip())
 
     train, restarts, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
-    # Validation is the same for every --order, and domain by domain: each is measured on its own text alone.
-    val = [doc for d, domain in enumerate(domains) for doc in arrange(
-        [doc for doc in val if doc.domain == domain], 'similar', args.n_neighbors, [args.seed, d])[0]]
     say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts')
     say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
+    # Validation is the same for every --order, and goes domain by domain: each is measured on its own text.
+    held_out, val = val, []
+    for d, domain in enumerate(domains):
+        mine = [doc for doc in held_out if doc.domain == domain]
+        val += arrange(mine, 'similar', args.n_neighbors, [args.seed, d])[0]
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
-    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens')
-    installed = {d.name: d.version for d in metadata.distributions()}
-    versions = {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {
-        'domains': domains, 'arguments': vars(args), 'seed': args.seed, 'versions': versions})
+        'domains': domains, 'arguments': vars(args), 'seed': args.seed,
+        'versions': {name: metadata.version(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
+    say('tokenizer', f'{args.tokenizer}, {meta["vocab_size"]:,} tokens')
     for split in ('train', 'val'):
         n = meta[split]['tokens']
         say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token')
-    say(f'{path}/', f'is ready after {time.perf_counter() - began:.0f} s')
+    say(f'{path}/', 'is ready')
 
 
 if __name__ == '__main__':
