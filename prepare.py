@@ -423,11 +423,10 @@ def make_tokenizer(name, vocab_size=0, texts=()):
         try:
             is_json = name.endswith('.json')
             d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
-            if load_tokenizer(d).eot_token == d['special_tokens'][EOT]:
-                return d
+            load_tokenizer(d)
+            return d
         except (ValueError, KeyError, TypeError):
-            pass
-        raise UserError(f'{name} holds no tokenizer of ours; give a checkpoint or a tokenizer.json.')
+            raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
         pattern, special = PATTERN, {EOT: len(tokens)}
@@ -474,8 +473,8 @@ def sha256(path):
 def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
-    All files are finished elsewhere before the first takes its place. meta.json, with the checksums of the
-    others, comes last: if a crash hits between two renames, load_dataset refuses the mixture."""
+    All files are finished elsewhere before the first takes its place. If a crash hits between two renames,
+    load_dataset sees the mixture by the checksums in meta.json."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}
@@ -496,7 +495,7 @@ def save_dataset(path, splits, tokenizer, meta):
                 meta[split] = {'tokens': start[-1], 'documents': len(docs), 'bytes': count_bytes(docs)}
             meta['sha256'] = {file.name: sha256(file) for file in sorted(new.iterdir())}
             (new / 'meta.json').write_text(json.dumps(meta, indent=1))
-            for name in [*meta['sha256'], 'meta.json']:
+            for name in sorted(FILES):
                 os.replace(new / name, path / name)
     except OSError as e:
         raise UserError(f'cannot write {path} ({e.strerror}), what was there is unchanged: free some space '

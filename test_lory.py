@@ -398,7 +398,7 @@ def data_docs():
 
 @pytest.fixture(scope='session')
 def data_home(data_docs, tmp_path_factory):
-    """A folder with `own/`, documents as files in two subfolders, and `data/own`, the dataset made of it."""
+    """A folder with `own/`, documents as files in two subfolders, and `data/own`, the dataset of it."""
     home = tmp_path_factory.mktemp('data_home')
     for i, doc in enumerate(data_docs):
         if doc.domain in ('prose', 'cpp'):
