@@ -436,7 +436,8 @@ def data_read(home, split, name='own'):
 def data_words(n, seed=0):
     """`n` words that nobody knows."""
     rng = random.Random(seed)
-    return ' '.join(''.join(rng.choices('abcdefghijklmnopqrstuvw', k=rng.randrange(2, 9))) for _ in range(n))
+    letters = 'abcdefghijklmnopqrstuvw'
+    return ' '.join(''.join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(n))
 
 
 def write_files(home, files):
@@ -496,11 +497,11 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
     """Folders with links in a circle, text, JSONL, and what is no text. The text says its domain."""
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, {
-        'books/sea/deep/1.md': 'sea: a whale', 'books/sea/2.md': 'sea: a shark', 'books/3.txt': 'books: many',
+        'books/sea/deep/1.md': 'sea: a whale', 'books/sea/2.md': 'sea: a shark', 'books/3.txt': 'books: 3',
         'elsewhere/4.txt': 'link: from elsewhere', 'note.txt': '\ufeffnote.txt: two\r\nlines',
         'books/.git/config': 'hidden', 'books/empty.txt': ' \n', 'books/latin.txt': b'caf\xe9',
         'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2'})
-    for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'nowhere'):
+    for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'none'):
         Path(link).symlink_to(tmp_path / target)
     os.mkfifo('books/pipe')
     data_jsonl(Path('feed.JSONL'), [
@@ -515,7 +516,7 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
 
 def test_one_label_is_one_domain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plain = ['C#', 'C', 'a/b', 'ab', 'news.2023', 'news.2024', 'naïve 中文', 'x' * 40 + '1', 'x' * 40 + '2']
+    plain = ['C#', 'C', 'a/b', 'ab', 'news.2023', 'news.2024', 'naïve 中文', 'x' * 40, 'x' * 41]
     odd = [0, '00', 1.0, True, {'a': 1}, '', '_a', 'a', '<5f>a', '$x$', 'x', ' ', '\ud800', 'line\nbreak']
     labels = plain + odd
     data_jsonl(tmp_path / 'a.jsonl', [{'text': 'text', 'domain': label} for label in labels * 2])
@@ -542,7 +543,8 @@ def test_sources_are_held_out_whole(data_docs):
     assert not {doc.source for doc in val} & {doc.source for doc in train}
     assert Counter(val + train) == Counter(data_docs)
     assert set(prepare.hold_out(data_docs[::-1], .2)[0]) == set(val)
-    assert all(.1 < data_size(val, domain) / data_size(data_docs, domain) < .35 for domain in prepare.DOMAINS)
+    for domain in prepare.DOMAINS:
+        assert .1 < data_size(val, domain) / data_size(data_docs, domain) < .35
 
 
 @pytest.mark.parametrize('fraction', [.05, .2])
@@ -555,7 +557,8 @@ def test_a_share_of_the_bytes_is_held_out_of_few_files_or_many(sizes, fraction):
     for domain in '01':
         goal = fraction * data_size(docs, domain)
         assert goal / 2 <= data_size(val, domain) <= goal + 3
-        mine, held, kept = ([doc.text for doc in docs if doc.domain == domain] for docs in (docs, val, train))
+        mine, held, kept = ([doc.text for doc in side if doc.domain == domain]
+                            for side in (docs, val, train))
         tails, heads = ([text for text in side if text not in mine] for side in (held, kept))
         assert len(tails) == len(heads) <= 1 and all(heads[i] + tails[i] in mine for i in range(len(tails)))
         assert len(mine) == len(held) + len(kept) - len(tails)
@@ -576,7 +579,8 @@ def test_the_cap_and_the_least(monkeypatch, tmp_path, capsys):
 def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
     """Digits, emoji and dashes have no words for TF-IDF, a page 101 times is too frequent for it."""
     rng = random.Random(0)
-    kinds = [str(rng.random()) for _ in range(60)] + [''.join(rng.choices('😀😁😂🤣😃', k=40)) for _ in range(60)]
+    kinds = [str(rng.random()) for _ in range(60)]
+    kinds += [''.join(rng.choices('😀😁😂🤣😃', k=40)) for _ in range(60)]
     kinds += ['-' * i for i in range(3, 30)] + [data_words(30, 1)]
     records = kinds * 5 + [data_words(80, 7).replace(' ', ' ' * (1 + i % 3)) for i in range(101)]
     rng.shuffle(records)
@@ -590,7 +594,7 @@ def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
 
 
 def data_check_twins(texts, n_held):
-    """near_duplicates against its definition. -> similarities (n, n), {dropped text: its twin}, as numbers"""
+    """near_duplicates against its definition. -> similarities (n, n), {dropped: its twin}, as numbers"""
     docs = [Document(text, 'd', str(i)) for i, text in enumerate(texts)]
     texts = [' '.join(text.split()) for text in texts]
     sets = [{text[i:i + 9] for i in range(len(text) - 8)} if len(text) >= 50 else {text} for text in texts]
@@ -648,7 +652,7 @@ def test_neighbours_and_chain_agree_with_brute_force(data_docs):
     X, n = prepare.embed([doc.text for doc in data_docs]), len(data_docs)
     similarity = X.toarray() @ X.toarray().T
     assert np.allclose(np.diag(similarity), 1, atol=1e-3)
-    assert np.array_equal(similarity, X.toarray()[:, ::-1] @ X.toarray()[:, ::-1].T)  # exact, so in any order
+    assert np.array_equal(similarity, X.toarray()[:, ::-1] @ X.toarray()[:, ::-1].T)  # exact, in any order
     neighbours = prepare.nearest(X, 5)
     assert all(len(row) == 5 and i not in row for i, row in enumerate(neighbours))
     index = NearestNeighbors(n_neighbors=6, metric='cosine', algorithm='brute').fit(X)
@@ -657,7 +661,8 @@ def test_neighbours_and_chain_agree_with_brute_force(data_docs):
 
     order, restarts = prepare.chain(neighbours, np.random.default_rng(7))
     assert sorted(order) == list(range(n)) and 0 < restarts < n / 3
-    assert order.tolist() == data_naive_chain(similarity, 5, np.random.default_rng(7).permutation(n).tolist())
+    starts = np.random.default_rng(7).permutation(n).tolist()
+    assert order.tolist() == data_naive_chain(similarity, 5, starts)
     shuffled = np.random.default_rng(0).permutation(n)
     assert similarity[order[:-1], order[1:]].mean() > 3 * similarity[shuffled[:-1], shuffled[1:]].mean()
 
@@ -678,8 +683,8 @@ def test_shards_are_a_permutation(data_docs, monkeypatch):
     monkeypatch.setattr(prepare, 'SHARD', 40)
     ordered, restarts, cosine = prepare.arrange(data_docs, 'similar', 8, [1])
     assert Counter(ordered) == Counter(data_docs) and ordered != data_docs and cosine[0] > 2 * cosine[1]
-    for shard in np.array_split(np.arange(len(data_docs)), -(-len(data_docs) // 40)):  # each in its own place
-        assert {ordered[i] for i in shard} == {data_docs[i] for i in shard}
+    for shard in np.array_split(np.arange(len(data_docs)), -(-len(data_docs) // 40)):
+        assert {ordered[i] for i in shard} == {data_docs[i] for i in shard}  # each stays in its place
 
 
 # --- The tokenizer. ---
@@ -731,7 +736,8 @@ def test_bpe_merges_equal_a_naive_trainer(seed, data_docs):
 
 def test_bpe_of_text_without_blanks_is_not_slow(data_docs):
     rng = random.Random(0)
-    signs, common = [chr(c) for c in range(0x4e00, 0x4e00 + 3000)], np.cumsum(1 / np.arange(1, 3001)).tolist()
+    signs = [chr(c) for c in range(0x4e00, 0x4e00 + 3000)]
+    common = np.cumsum(1 / np.arange(1, 3001)).tolist()
     chinese = [''.join(rng.choices(signs, cum_weights=common, k=12)) + '，' for _ in range(80_000)]  # 3 MB
     chinese = [''.join(chinese[i:i + 100]) for i in range(0, len(chinese), 100)]
     spent = []
@@ -797,11 +803,11 @@ def test_bins_decode_to_the_documents(data_home):
     encoding = prepare.load_tokenizer(dataset.tokenizer)
     assert encoding.n_vocab == dataset.meta['vocab_size'] == 400
     for name, split, stored in (('train', dataset.train, train), ('val', dataset.val, val)):
+        texts = [text for text, _ in stored]
         assert [part.dtype for part in split] == [np.uint16, np.int64, np.uint8]
-        assert encoding.decode(split.tokens.tolist()) == ''.join('<|endoftext|>' + text for text, _ in stored)
+        assert encoding.decode(split.tokens.tolist()) == ''.join('<|endoftext|>' + text for text in texts)
         info, file = dataset.meta[name], data_home / f'data/own/{name}.bin'
-        n_bytes = sum(len(text.encode()) for text, _ in stored)
-        assert (info['documents'], info['bytes']) == (len(stored), n_bytes)
+        assert (info['documents'], info['bytes']) == (len(texts), len(''.join(texts).encode()))
         assert dataset.meta['sha256'][f'{name}.bin'] == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -875,8 +881,9 @@ def test_bad_input(argv, message, tmp_path):
     records = [json.dumps({'text': 'text', 'domain': i}) for i in range(300)]
     write_files(tmp_path, {
         'one.txt': 'one document', 'spaces.txt': ' ' * 1_000_000, 'void/.hidden': 'text',
-        'bad.jsonl': '{"text": "a"}\n{"txt": 1}', 'list.jsonl': '["text"]', 'many.jsonl': '\n'.join(records),
-        'same.jsonl': '{"text": "same"}\n' * 99, 'data/own/meta.json': 'old',
+        'bad.jsonl': '{"text": "a"}\n{"txt": 1}', 'list.jsonl': '["text"]',
+        'many.jsonl': '\n'.join(records), 'same.jsonl': '{"text": "same"}\n' * 99,
+        'data/own/meta.json': 'old',
         'alike/0': data_words(400), 'alike/1': data_words(400) + ' end'})
     with refused(message):
         data_prepare(tmp_path, '--dataset=own', *argv.split(' '))
