@@ -6,9 +6,9 @@ From documents to training data: read, hold out, chain similar documents, tokeni
     python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
 Lory routes each segment by the segment before it, so neighbouring segments must have something to do with
-each other. Random documents packed into one sequence would break that at every joint. The paper (Sec. 3.2,
-App. C) therefore orders documents by similarity. It embeds with Contriever and searches with FAISS; TF-IDF
-and exact search, used here, need no model and no GPU, and find the same order on every machine.
+each other. Random documents packed into one sequence would break that at every joint, so documents are put
+in order of similarity (Sec. 3.2, App. C). The paper embeds with Contriever and searches with FAISS. TF-IDF
+and exact search need no model and no GPU, and find the same order on every machine.
 
     documents -> equal ones out -> hold out -> near-duplicates out -> TF-IDF vectors -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one stream of tokens for train.py to cut
@@ -24,10 +24,8 @@ import hashlib
 import heapq
 import json
 import os
-import re
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict, namedtuple
 from importlib import metadata
@@ -67,13 +65,17 @@ def track(label, items):
         yield item
 
 
+def count_bytes(docs):
+    return sum(len(doc.text.encode()) for doc in docs)
+
+
 # --- The built-in corpus, cut from files of the pinned libraries. They are not imported, nor passed on. ---
 
 def cut(text, breaks=(r'(?<=\n\n)(?=\S)', r'(?<=\n\n)', r'(?<=\n)', '')):
-    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text (in
-    code, the end of a function). A longer block is cut at any blank line, then any line, then anywhere."""
+    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text
+    (in code, the end of a function), a longer block at any blank line, then any line, then anywhere."""
     pieces = ['']
-    for block in re.split(breaks[0], text):
+    for block in regex.split(breaks[0], text):
         for part in [block] if len(block) <= PIECE else cut(block, breaks[1:]):
             if len(pieces[-1]) + len(part) > PIECE:
                 pieces.append('')
@@ -84,14 +86,13 @@ def cut(text, breaks=(r'(?<=\n\n)(?=\S)', r'(?<=\n\n)', r'(?<=\n)', '')):
 def split_python(source):
     """{'prose': docstrings without doctests, 'repl': the doctests, 'python': code without docstrings}."""
     with warnings.catch_warnings(action='ignore'):  # invalid escapes are not this reader's concern
-        nodes = [ast.parse(source)]
+        tree = ast.parse(source)
     lines, prose, repl = source.split('\n'), [], []
-    for node in nodes:  # statements only; ast.walk takes twice as long
-        nodes += [child for field in ('body', 'orelse', 'handlers') for child in getattr(node, field, [])]
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if doc := ast.get_docstring(node):
-                # A doctest goes from its prompt to the next blank line. The split alternates: text, doctest.
-                parts = re.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=re.MULTILINE)
+                # A doctest goes from its prompt to the next blank line. split alternates: text, doctest.
+                parts = regex.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=regex.MULTILINE)
                 prose += [part.strip('\n') for part in parts[::2] if part.strip()]
                 repl += parts[1::2]
                 first = node.body[0]
@@ -106,30 +107,29 @@ def read_builtin(mb_per_domain):
     """Documents of the built-in corpus, up to `mb_per_domain` MB of each of DOMAINS."""
     files, docs, room = [], [], dict.fromkeys(DOMAINS, mb_per_domain * 1e6)
     for library in LIBRARIES:
-        try:
-            listed = metadata.files(library) or ()  # None if the library came without a list of its files
-            files += [(str(f), f.locate()) for f in listed if f.suffix in ('.py', '.h', '.hpp', '.cuh')
-                      and '/ATen/ops/' not in str(f)]  # that folder is generated
-        except metadata.PackageNotFoundError:
-            say('note', f'{library} is not installed, so its text is missing; see requirements.txt')
+        files += [file for file in metadata.files(library) or ()
+                  if file.suffix in ('.py', '.h', '.hpp', '.cuh')
+                  and '/ATen/ops/' not in str(file)]  # that folder is generated
     # The same shuffle for everyone. Salted, for the bare sha1 decides what is held out.
-    files.sort(key=lambda f: hashlib.sha1(b'order of ' + f[0].encode()).digest())
-    for name, path in track('reading', files):
+    files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
+    for file in track('reading', files):
         try:
-            source = path.read_text(encoding='utf-8')
-            domains = (['cpp'] if path.suffix != '.py' else
-                       ['tests'] if re.search(r'(^|[/_])(test|tests|testing)[/_.]', name) else
-                       ['prose', 'python', *['repl'] * ('>>> ' in source)])
-            if all(room[domain] <= 0 for domain in domains):
+            source = file.locate().read_text(encoding='utf-8')
+            if file.suffix != '.py':
+                texts = {'cpp': source}
+            elif regex.search(r'(^|[/_])(test|tests|testing)[/_.]', str(file)):
+                texts = {'tests': source}
+            elif max(room['prose'], room['python'], room['repl'] if '>>> ' in source else 0) > 0:
+                texts = split_python(source)
+            else:  # parsing takes time
                 continue
-            texts = split_python(source) if 'prose' in domains else {domains[0]: source}
         except (OSError, SyntaxError, ValueError, RecursionError):  # not there, not text, not this Python's
             continue
         for domain, text in texts.items():
-            pieces = [piece for piece in cut(re.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
+            pieces = [piece for piece in cut(regex.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
             for piece in pieces[:4]:  # no long file dominates
                 if room[domain] > 0:
-                    docs.append(Document(piece.strip('\n'), domain, name))
+                    docs.append(Document(piece.strip('\n'), domain, str(file)))
                     room[domain] -= len(piece.encode())
     return docs
 
@@ -137,34 +137,30 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones. Links are followed, and no folder is entered twice.
-    Folders to skip are returned like files: a dataset of ours, and what may not be opened."""
-    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK) or (path / 'train_docs.npz').exists():
+    """The files at or below `path`, but no hidden ones. Links are followed, nothing is visited twice."""
+    place = os.path.realpath(path)
+    if place in seen:
+        return []
+    seen.add(place)
+    try:
+        children = sorted(path.iterdir())
+    except OSError:  # a file, or a folder that may not be opened
         return [path]
-    if path.resolve() in seen:
-        return []
-    seen.add(path.resolve())
-    visible = sorted(child for child in path.iterdir() if not child.name.startswith('.'))
-    return [file for child in visible for file in walk(child, seen)]
+    return [file for child in children if not child.name.startswith('.') for file in walk(child, seen)]
 
 
-def read_file(path, source, domain):
-    """The Documents in one file; none if it is binary. UserError for a line of .jsonl that is no record."""
-    if not path.is_file():  # a folder to skip, a broken link, a pipe
-        return []
-    if path.suffix.lower() != '.jsonl':
-        text = path.read_text(encoding='utf-8-sig')
-        return [] if '\0' in text else [Document(text, domain, source)]
+def read_jsonl(text, source, domain):
+    """One Document for each line of `text` that has one. UserError for a line that is no record."""
     docs = []
-    with open(path, 'rb') as lines:  # bytes, since JSON strings may hold what ends a line of text
-        for i, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line) if line.strip() else {'text': ''}
-                record['text'].encode()  # fails for anything but text, half a surrogate pair too
-                label = record.get('domain')
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise UserError(f'{path}, line {i}: expected a JSON object with a string "text".') from None
-            label = domain if label in (None, '') else str(label)
+    for i, line in enumerate(text.split('\n'), 1):
+        try:
+            record = json.loads(line.strip() or '{"text": ""}')
+            record['text'].encode()  # fails for anything but text, half a surrogate pair too
+            label = record.get('domain')
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f'{source}, line {i}: expected a JSON object with a string "text".') from None
+        if record['text'].strip():
+            label = domain if label is None else str(label)
             docs.append(Document(record['text'], label, f'{source}:{i}'))
     return docs
 
@@ -175,25 +171,29 @@ def read_inputs(paths):
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f'--input {path!r} does not exist; check the path.')
-    roots = {Path(path).resolve(): path for path in paths}
-    if len({root.name for root in roots}) == len(roots):  # otherwise inputs go by their paths as given
-        roots = {root: root.name for root in roots}
+    names = [os.path.basename(os.path.abspath(path)) for path in paths]
+    if len(set(names)) < len(names):
+        names = paths  # two of one name go by their paths as given
     seen, docs, skipped = set(), [], []
-    for path, root in track('reading', [(path, root) for root in roots for path in walk(root, seen)]):
-        inside = (roots[root], *path.relative_to(root).parts)
-        source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else inside[0]
+    files = [(file, path, name) for path, name in zip(paths, names) for file in walk(Path(path), seen)]
+    for file, path, name in track('reading', files):
+        inside = (name, *file.relative_to(path).parts)
+        source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else name
         try:
-            found = [doc for doc in read_file(path, source, domain) if doc.text.strip()]
+            text = file.read_text(encoding='utf-8-sig') if file.is_file() else ''  # a pipe would block
         except (OSError, UnicodeDecodeError):
-            found = []
-        docs += found
-        skipped += [] if found else [source]
+            text = ''
+        if not text.strip() or '\0' in text:
+            skipped.append(source)
+        elif file.suffix.lower() == '.jsonl':
+            docs += read_jsonl(text, source, domain)
+        else:
+            docs.append(Document(text, domain, source))
     if skipped:
-        say('skipped', f'{len(skipped):,} inputs (empty, unreadable, not UTF-8 text, or a dataset), such as '
-            f'{", ".join(skipped[:5])}')
+        say('skipped', f'{len(skipped):,} inputs without readable text: {", ".join(skipped[:5])}, ...')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
-    odd = re.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
+    odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
     return [doc._replace(domain=odd.sub(lambda c: f'<{ord(c[0]):x}>', doc.domain)) for doc in docs]
 
 
@@ -204,10 +204,9 @@ def unique(docs):
     first, copies = {}, []
     for doc in docs:
         key = hashlib.sha1(' '.join(doc.text.split()).encode()).digest()
-        if key in first:
-            copies.append((doc, first[key]))
-        else:
-            first[key] = doc
+        twin = first.setdefault(key, doc)
+        if twin is not doc:
+            copies.append((doc, twin))
     return list(first.values()), copies
 
 
@@ -216,43 +215,45 @@ def hold_out(docs, val_fraction):
 
     Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
     Only where all sources of a domain are too large for that, the tail of one is held out."""
-    docs, sources = list(docs), defaultdict(lambda: defaultdict(list))
-    size = [len(doc.text.encode()) for doc in docs]
-    for i, doc in enumerate(docs):
-        sources[doc.domain][doc.source].append(i)
-    share, held = min(val_fraction, MAX_VAL / max(1, sum(size))), set()
-    for domain in sorted(sources):
-        total = {source: sum(size[i] for i in numbers) for source, numbers in sources[domain].items()}
-        whole = sum(total.values())
-        goal = max(share * whole, MIN_VAL) if whole >= 4 * MIN_VAL else 0
-        room = goal - sum(total[source] for source in held & total.keys())  # files may serve several domains
-        order = sorted(total.keys() - held, key=lambda source: hashlib.sha1(os.fsencode(source)).digest())
-        for source in order:
-            if total[source] <= room:
+    docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
+    for doc in docs:
+        domains[doc.domain][doc.source] += len(doc.text.encode())
+    share = min(val_fraction, MAX_VAL / max(1, count_bytes(docs)))
+    for domain, size in sorted(domains.items()):
+        goal = max(share * size.total(), MIN_VAL) if size.total() >= 4 * MIN_VAL else 0
+        room = goal - sum(size[source] for source in held)  # a file may serve several domains
+        free = sorted(size.keys() - held, key=lambda source: hashlib.sha1(os.fsencode(source)).digest())
+        for source in free:
+            if size[source] <= room:
                 held.add(source)
-                room -= total[source]
-        if room > goal / 2 and not held.issuperset(order):
-            source = next(source for source in order if source not in held)
-            i = sources[domain][source][-1]
-            text, n_bytes = docs[i].text, int(min(room, size[i] - 1))
-            at = len(text.encode()[:-n_bytes].decode(errors='ignore'))
-            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # a line begins, if one does soon
+                room -= size[source]
+        large = [source for source in free if source not in held]
+        if large and room > goal / 2:
+            i = max(i for i, doc in enumerate(docs) if (doc.domain, doc.source) == (domain, large[0]))
+            text, data = docs[i].text, docs[i].text.encode()
+            at = len(data[:max(1, len(data) - int(room))].decode(errors='ignore'))
+            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # where a line begins, if soon
+            tail = Document(text[at:], domain, f'end of {large[0]}')
             docs[i] = docs[i]._replace(text=text[:at])
-            docs.append(Document(text[at:], domain, f'end of {source}'))
-            held.add(docs[-1].source)
-    docs = [doc for doc in docs if doc.text.strip()]
+            docs.append(tail)
+            held.add(tail.source)
     return [doc for doc in docs if doc.source in held], [doc for doc in docs if doc.source not in held]
 
 
 def ngrams(text):
-    """The set of a text's 9-grams of characters, white space collapsed: sorted hashes (n,) uint64. A text of
-    less than 50 characters is its only element, so equality counts; so is, for memory, one of ten million."""
+    """Sorted hashes (n,) uint64 of the different 9-grams of characters in a text, white space collapsed. A
+    text of less than 50 characters is its only element: equality counts. So is, for memory, a huge one."""
     text = ' '.join(text.split())
     if not 50 <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
     code = np.frombuffer(text.encode('utf-32-le'), '<u4').astype(np.uint64)
     grams = np.sort(np.convolve(code, HASH, 'valid'))  # modulo 2^64
     return grams[np.append(True, grams[1:] != grams[:-1])]  # np.unique takes six times as long
+
+
+def jaccard(a, b):
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / (len(a) + len(b) - both)
 
 
 def near_duplicates(val, train):
@@ -268,15 +269,10 @@ def near_duplicates(val, train):
     for i, doc in enumerate(track('near-duplicates', docs)):
         grams = ngrams(doc.text)
         bands = grams.take(np.searchsorted(grams, points), mode='wrap').reshape(16, 4).sum(1).tolist()
-        likely = Counter(j for band in bands for j in members.get(band, [])).most_common(16)
-        found = []
-        for j, _ in likely if i >= len(val) else []:
-            others = ngrams(docs[j].text)
-            both = len(np.intersect1d(grams, others, assume_unique=True))
-            if both / (len(grams) + len(others) - both) >= TWIN:
-                found.append(j)
-        if found:
-            twins.append((doc, docs[min(found)]))  # a held-out one if there is one
+        likely = Counter(j for band in bands for j in members[band]).most_common(16)
+        near = [j for j, _ in likely if jaccard(grams, ngrams(docs[j].text)) >= TWIN]
+        if near and i >= len(val):
+            twins.append((doc, docs[min(near)]))  # a held-out one if there is one
             continue
         kept.append(doc)
         for band in bands:
@@ -337,10 +333,10 @@ def chain(neighbours, rng):
 
 
 def arrange(docs, order, k, seed):
-    """-> Documents in the order they are written, number of restarts, mean cosine of adjacent ones: here, and
-    shuffled (2,)
+    """-> Documents in the order they are written, number of restarts, mean cosine of adjacent documents in
+    that order and in a random one (2,)
 
-    Comparing all with all takes quadratic time. Above SHARD documents they are cut, as they were read, into
+    Comparing all with all takes quadratic time. More than SHARD documents are cut, as they were read, into
     equal shards that are chained in turn: time grows linearly, memory beside the text stays below 1 GB."""
     result, restarts, cosine = [], 0, np.zeros(2)
     shards = np.array_split(np.arange(len(docs)), -(-len(docs) // SHARD) or 1)
@@ -356,87 +352,81 @@ def arrange(docs, order, k, seed):
 
 # --- Tokenizer: byte-level BPE. 256 bytes can write any text; frequent pairs become tokens too. ---
 
-# What a token may span: a word with the space before it, up to three digits, a run of signs, a run of blanks
-# but for the last one, which joins the word that follows. The shape of GPT-2's pattern.
+# What a token may span, much as in GPT-2: a word with the space before it, up to three digits, a run of
+# signs, a run of blanks but for the last one, which joins the word that follows.
 PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 def in_parts(text):
-    """tiktoken's regex engine overflows on a run of a million blanks; a joint between parts costs a merge."""
+    """tiktoken's regex engine overflows on a million blanks. A joint between parts costs a merge."""
     return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
+
+
+def count_words(texts, room):
+    """word -> how often it occurs, up to `room` bytes of long words, from texts in random order.
+
+    Text without blanks has clauses for words, nearly all of them long and new. Merging them takes long, and
+    more would hardly change which pairs are frequent. English has as many in some 50 MB."""
+    parts, counts = [part for text in texts for part in in_parts(text)], Counter()
+    for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
+        found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # endless: no use
+        new = [word.encode() for word in set(found) if word not in counts]
+        counts.update(found)
+        room -= sum(len(word) for word in new if len(word) > 16)
+        if room < 0:
+            break
+    return counts
 
 
 def train_bpe(texts, n_tokens):
     """Up to `n_tokens` tokens (bytes) in rank order: the 256 bytes, then one for each merge of the most
-    frequent pair; of equal pairs the first in byte order. Fewer when no pair is left that occurs twice.
-
-    A word is a string with one character for each token, so str.split finds a pair. A merge changes the
-    counts of a few pairs only, and these are pushed onto the heap again."""
-    parts, counts, room = [part for text in texts for part in in_parts(text)], Counter(), 150 * n_tokens
-    for i in track('tokenizer', np.random.default_rng(0).permutation(len(parts))):
-        found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # endless: no use
-        new = [word.encode() for word in set(found) - counts.keys()]
-        room -= sum(len(word) for word in new if len(word) > 16)
-        counts.update(found)
-        # Text without blanks has clauses for words, nearly all of them long and new. Merging them takes
-        # long, and more would hardly change which pairs are frequent. English has as many in some 50 MB.
-        if room < 0:
-            break
+    frequent pair; of equal pairs the first in byte order. Fewer when no pair is left that occurs twice."""
+    counts = count_words(texts, 150 * n_tokens)
+    # A word is a string with one character for each token, so that str.replace merges a pair.
     words, times = [word.encode().decode('latin-1') for word in counts], list(counts.values())
     tokens = {bytes([b]): chr(b) for b in range(256)}  # token -> its character
     spelled = {c: token for token, c in tokens.items()}
-    pairs, where = defaultdict(int), defaultdict(list)  # pair -> its count, pair -> the words that hold it
-    for w, word in enumerate(words):
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += times[w]
-            where[a + b].append(w)
+    pairs, change, where, heap = Counter(), Counter(), defaultdict(set), []  # where: the words with a pair
 
-    def entry(pair):
-        return -pairs[pair], spelled[pair[0]], spelled[pair[1]], pair
+    def count(w, n):
+        for a, b in zip(words[w], words[w][1:]):
+            change[a + b] += n
+            where[a + b].add(w)
 
-    heap = [entry(pair) for pair in pairs]
-    heapq.heapify(heap)
-    progress = track('tokenizer', range(256, n_tokens))
-    while heap and heap[0][0] <= -2 and len(tokens) < n_tokens:
-        count, left, right, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:  # outdated: the pair was pushed again when its count changed
-            continue
-        next(progress, None)
-        a, b = pair
+    for w, n in enumerate(times):
+        count(w, n)
+    progress = track('merging pairs', range(256, n_tokens))
+    while len(tokens) < n_tokens:
+        pairs.update(change)
+        for pair in change:  # a pair is pushed again whenever its count changes
+            heapq.heappush(heap, (-pairs[pair], spelled[pair[0]], spelled[pair[1]], pair))
+        change.clear()
+        while heap and -heap[0][0] != pairs[heap[0][3]]:  # outdated
+            heapq.heappop(heap)
+        if not heap or heap[0][0] > -2:
+            break
+        _, left, right, pair = heapq.heappop(heap)
         c = tokens.setdefault(left + right, chr(len(tokens)))
         spelled[c] = left + right
-        change = defaultdict(int)
         for w in where.pop(pair):
-            pieces = words[w].split(pair)
-            words[w] = c.join(pieces)
-            for p, piece in enumerate(pieces):  # with its neighbours, halves of ab and then whole c
-                old = b * (p > 0) + piece + a * (p < len(pieces) - 1)
-                new = c * (p > 0) + piece + c * (p < len(pieces) - 1)
-                for gone, made in {(old[:2], new[:2]), (old[-2:], new[-2:])}:  # once if it is the same place
-                    if gone != made and len(gone) == 2:
-                        change[gone] -= times[w]
-                        change[made] += times[w]
-                        where[made].append(w)
-        change[pair] = -pairs[pair]  # none is left, and none of those that overlap, as in aaa
-        for other, by in change.items():
-            pairs[other] += by
-            heapq.heappush(heap, entry(other))
+            count(w, -times[w])
+            words[w] = words[w].replace(pair, c)
+            count(w, times[w])
+        next(progress, None)
     return list(tokens)
 
 
 def make_tokenizer(name, vocab_size=0, texts=()):
     """The content of tokenizer.json. `name` is bpe, trained on `texts`; byte; one that tiktoken knows; or a
     file: a checkpoint or a tokenizer.json."""
-    if name not in ('bpe', 'byte') and os.path.isfile(name):
-        d = read_checkpoint(name) if not name.endswith('.json') else {}
+    if os.path.isfile(name):
         try:
-            d = d.get('tokenizer') or json.loads(Path(name).read_bytes())
-            whole = min(d['special_tokens'].values()) >= len(d['tokens']) and EOT in d['special_tokens']
-            if whole and all(load_tokenizer(d).encode_single_token(bytes([b])) < 2**32 for b in range(256)):
-                return d
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            pass
-        raise UserError(f'{name} holds no whole tokenizer; give a checkpoint or a tokenizer.json.')
+            is_json = name.endswith('.json')
+            d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
+            load_tokenizer(d)
+            return d
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
         pattern, special = PATTERN, {EOT: len(tokens)}
@@ -463,7 +453,7 @@ def load_tokenizer(d):
 
 
 def token_bytes(d):
-    """The number of bytes of each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
+    """The bytes in each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
     sizes = [len(base64.b64decode(token)) for token in d['tokens']]
     return sizes + [0] * (max(d['special_tokens'].values()) + 1 - len(sizes))
 
@@ -473,7 +463,7 @@ def encode(encoding, text):
     return [token for part in in_parts(text) for token in encoding.encode_ordinary(part)]
 
 
-# --- The dataset on disk: written whole or not at all, and refused unless whole. ---
+# --- The dataset on disk. Whoever reads it checks every file, so a damaged one is never used. ---
 
 def sha256(path):
     with open(path, 'rb') as f:
@@ -483,44 +473,30 @@ def sha256(path):
 def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
-    All files go to a new folder beside it, which then takes its place: a crash leaves the old dataset, the
-    new one or none, never a mixture, and two processes that write the same dataset do not meet."""
+    All files are finished elsewhere before the first takes its place. If a crash hits between two renames,
+    load_dataset sees the mixture by the checksums in meta.json."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path = path.resolve()  # the folder itself, where `path` is a link
-        with tempfile.TemporaryDirectory(prefix='.new-', dir=path.parent) as scratch:
-            new = Path(scratch, 'new')
-            new.mkdir()
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.new-', dir=path) as new:
+            new = Path(new)
             (new / 'tokenizer.json').write_text(json.dumps(tokenizer))
             for split, docs in splits.items():
                 start = [0]
                 with open(new / f'{split}.bin', 'wb') as f:
                     for doc in track(f'{split}.bin', docs):
-                        f.write(np.array([eot], dtype))
-                        for part in in_parts(doc.text):
-                            f.write(np.array(encoding.encode_ordinary(part), dtype))
-                        start.append(f.tell() // dtype.itemsize)
+                        tokens = [eot, *encode(encoding, doc.text)]
+                        f.write(np.array(tokens, dtype))
+                        start.append(start[-1] + len(tokens))
                 domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
                 np.savez(new / f'{split}_docs.npz', start=np.array(start, '<i8'), domain=domain)
-                meta[split] = {'tokens': start[-1], 'documents': len(docs),
-                               'bytes': sum(len(doc.text.encode()) for doc in docs)}
+                meta[split] = {'tokens': start[-1], 'documents': len(docs), 'bytes': count_bytes(docs)}
             meta['sha256'] = {file.name: sha256(file) for file in sorted(new.iterdir())}
             (new / 'meta.json').write_text(json.dumps(meta, indent=1))
-            for file in new.iterdir():  # a full disk must show before the old dataset goes
-                with open(file, 'rb+') as f:
-                    os.fsync(f.fileno())
-            old = Path(scratch, 'old')
-            if path.exists():
-                os.rename(path, old)
-            try:
-                os.rename(new, path)
-            except BaseException:
-                if old.exists():
-                    os.rename(old, path)
-                raise
+            for name in sorted(FILES):
+                os.replace(new / name, path / name)
     except OSError as e:
         raise UserError(f'cannot write {path} ({e.strerror}), what was there is unchanged: free some space '
                         'or choose another --dataset.') from None
@@ -528,33 +504,27 @@ def save_dataset(path, splits, tokenizer, meta):
 
 
 def load_dataset(path, block_size):
-    """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says, and
+    """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says and
     each split block_size + 1 tokens."""
     path, splits = Path(path), []
-    cure = f'make it with prepare.py and --dataset={path.name}, in the folder that holds data/.'
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:
-            raise UserError(f'{path} has data format {meta["format"]}, this is format {FORMAT}; {cure}')
-        checks = os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine does
-        for name in sorted(FILES - {'meta.json'}) if checks else ():
+            raise ValueError(f'it has format {meta["format"]}, this is format {FORMAT}')
+        for name in FILES - {'meta.json'}:
             if sha256(path / name) != meta['sha256'][name]:
-                raise UserError(f'{path / name} is not the file that meta.json has the checksum of; {cure}')
-        for split in ('train', 'val'):
-            tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
-            if len(tokens) <= block_size:
-                raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
-                                f'--block_size={block_size}: lower it or add text.')
-            docs = np.load(path / f'{split}_docs.npz')
-            splits.append(Split(tokens, docs['start'], docs['domain']))
-        tokenizer = json.loads((path / 'tokenizer.json').read_bytes())
-        if json.loads((path / 'meta.json').read_bytes()) != meta:
-            raise UserError(f'{path} was replaced while it was read: start again.')
-        return Dataset(meta, tokenizer, *splits)
-    except UserError:
-        raise
+                raise ValueError(f'meta.json has another checksum of {name}')
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); {cure}') from None
+        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); make it with prepare.py and '
+                        f'--dataset={path.name}, in the folder that holds data/.') from None
+    for split in ('train', 'val'):
+        tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
+        if len(tokens) <= block_size:
+            raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
+                            f'--block_size={block_size}: lower it or add text.')
+        docs = np.load(path / f'{split}_docs.npz')
+        splits.append(Split(tokens, docs['start'], docs['domain']))
+    return Dataset(meta, json.loads((path / 'tokenizer.json').read_bytes()), *splits)
 
 
 # --- The script. ---
@@ -564,7 +534,7 @@ def flags():
     parser.add_argument('--input', nargs='+', metavar='PATH', help='folders, whose first-level subfolders '
                         'are domains; text files; .jsonl with "text", "domain" (default: built-in corpus)')
     add_flag(parser, 'dataset', '', 'folder in data/ to write; empty: builtin, or the first input\'s name')
-    add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one that tiktoken knows, '
+    add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one of tiktoken\'s, '
              'such as gpt2, which it downloads; or a checkpoint or tokenizer.json, to use the same')
     add_flag(parser, 'vocab_size', 2048, 'tokens of bpe, <|endoftext|> included', low=257, below=10**6)
     add_flag(parser, 'order', 'similar', 'order of the training documents', choices=['similar', 'random'])
@@ -576,63 +546,55 @@ def flags():
 
 
 def main(argv=None):
-    args, began = flags().parse_args(argv), time.perf_counter()
+    args = flags().parse_args(argv)
     args.dataset = args.dataset or (Path(os.path.abspath(args.input[0])).stem if args.input else 'builtin')
     path = Path('data', args.dataset)
     if path.name != args.dataset or args.dataset == '..':
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
-    if path.exists():
-        foreign = sorted(set(os.listdir(path)) - FILES) if path.is_dir() else [path.name]
-        if foreign:
-            raise UserError(f'{path} holds {foreign[0]}, which would be lost; choose another --dataset.')
-        say('note', f'the dataset that is in {path}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    say('read', f'{len(docs):,} documents, {sum(len(doc.text) for doc in docs) / 1e6:.2f} M characters')
+    say('read', f'{len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
-        raise UserError(f'{len(domains)} domains in the input, 256 is the most: use fewer labels or folders.')
+        raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels.')
 
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)
     if not val:
-        raise UserError(f'no text, or too little text to hold some out (no domain has {4 * MIN_VAL} bytes): '
-                        'give more.')
+        raise UserError(f'no text, or too little text to hold some out: no domain has {4 * MIN_VAL} bytes.')
     train, twins = near_duplicates(val, train)
-    say('dropped', f'{len(copies):,} documents whose text is that of another, {len(twins):,} near-duplicates')
+    say('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:
         dropped, twin = (copies + twins)[0]
         say('warning', f'that is more than half of the input: {dropped.source} counts as {twin.source}')
     if not train:
-        raise UserError('nothing is left to train on beside held-out text and what resembles it: give more.')
+        raise UserError('nothing is left to train on: all text is held out or resembles what is held out.')
     for domain in domains:
-        trained, held = (sum(len(doc.text.encode()) for doc in side if doc.domain == domain)
-                         for side in (train, val))
+        trained, held = (count_bytes(doc for doc in side if doc.domain == domain) for side in (train, val))
         why = ('not measured: too little text' if not held else
                'not trained: the rest resembles what is held out' if not trained else '')
         say(f'  {domain}', f'{trained:13,} bytes to train on {held:11,} held out  {why}'.rstrip())
 
     train, restarts, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
-    # Validation is the same for every --order, and domain by domain: each is measured on its own text alone.
-    val = [doc for d, domain in enumerate(domains) for doc in arrange(
-        [doc for doc in val if doc.domain == domain], 'similar', args.n_neighbors, [args.seed, d])[0]]
     say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts')
     say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
+    # Validation is the same for every --order, and goes domain by domain: each is measured on its own text.
+    held_out, val = val, []
+    for d, domain in enumerate(domains):
+        mine = [doc for doc in held_out if doc.domain == domain]
+        val += arrange(mine, 'similar', args.n_neighbors, [args.seed, d])[0]
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
-    say('tokenizer', f'{args.tokenizer}, {len(tokenizer["tokens"]) + 1:,} tokens')
-    if args.tokenizer == 'bpe' and len(tokenizer['tokens']) + 1 < args.vocab_size:
-        say('note', 'fewer than asked for: no other pair occurs twice in words of up to 100 characters')
-    installed = {d.name: d.version for d in metadata.distributions()}
-    versions = {name: installed.get(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {
-        'domains': domains, 'arguments': vars(args), 'seed': args.seed, 'versions': versions})
+        'domains': domains, 'arguments': vars(args), 'seed': args.seed,
+        'versions': {name: metadata.version(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
+    say('tokenizer', f'{args.tokenizer}, {meta["vocab_size"]:,} tokens')
     for split in ('train', 'val'):
         n = meta[split]['tokens']
         say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token')
-    say(f'{path}/', f'is ready after {time.perf_counter() - began:.0f} s')
+    say(f'{path}/', 'is ready')
 
 
 if __name__ == '__main__':
