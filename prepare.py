@@ -137,9 +137,10 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones. Links are followed, nothing is visited twice."""
+    """The files at or below `path`, but no hidden ones and no datasets of ours. Links are followed, nothing is
+    visited twice."""
     place = os.path.realpath(path)
-    if place in seen:
+    if place in seen or (path / 'train_docs.npz').exists():
         return []
     seen.add(place)
     try:
@@ -160,7 +161,7 @@ def read_jsonl(text, source, domain):
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f'{source}, line {i}: expected a JSON object with a string "text".') from None
         if record['text'].strip():
-            label = domain if label is None else str(label)
+            label = domain if label in (None, '') else str(label)
             docs.append(Document(record['text'], label, f'{source}:{i}'))
     return docs
 
@@ -190,7 +191,7 @@ def read_inputs(paths):
         else:
             docs.append(Document(text, domain, source))
     if skipped:
-        say('skipped', f'{len(skipped):,} inputs without readable text: {", ".join(skipped[:5])}, ...')
+        say('skipped', f'{len(skipped):,} inputs without readable text, such as {", ".join(skipped[:5])}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -423,7 +424,7 @@ def make_tokenizer(name, vocab_size=0, texts=()):
         try:
             is_json = name.endswith('.json')
             d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
-            load_tokenizer(d)
+            load_tokenizer(d).encode_single_token(EOT)
             return d
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
