@@ -133,7 +133,8 @@ class LoryFFN(nn.Module):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x.mean(2))  # (B, N, E), what the mean of each segment says
         if self.first_segment == 'prior':
-            # Ours: the softmax of the router's bias alone. It is learned, and has seen no token of the text.
+            # Ours: router(0), the softmax of its bias alone. The bias is learned, hears no token of the text,
+            # and is also part of the logits of all later segments.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
@@ -152,7 +153,7 @@ class LoryFFN(nn.Module):
     def forward(self, x, cache=None):
         """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E)"""
         B, L, D = x.shape
-        T = min(self.segment_len, L)
+        T = min(self.segment_len, L)  # a text shorter than a segment is one short segment
         N = math.ceil(L / T)
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, 1 if cache else N, 1)
@@ -168,7 +169,8 @@ class LoryFFN(nn.Module):
 
     def read(self, x, cache):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and for
-        every token (B, 1, D) after it. `cache` keeps the merged FFN, see Cache.
+        every token (B, 1, D) after it. In training a segment must not route itself. Here the prompt may, for
+        nothing is predicted inside it. `cache` keeps the merged FFN, see Cache.
         -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
         e = None
         if cache.ffn is None:  # this is the prompt
@@ -195,12 +197,13 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ rather than transpose W. torch.compile would see that W was computed and keep it.
+        # Merge θᵀ rather than transpose W. If the forward pass's product stood here again, torch.compile
+        # would keep W in memory instead of computing it twice.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
-        # In float32: the router learns from how de differs between experts, and just after warm-up they
-        # differ by less than bfloat16 resolves.
+        # In float32. The router learns from how de differs between experts, and just after warm-up the
+        # experts differ by less than bfloat16 resolves.
         de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
@@ -287,7 +290,7 @@ class Lory(nn.Module):
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing in training,
     derive from LoryFFN and override `route`. In general MyFFN(config) makes a module that returns (output,
     routing weights) when called with (x, cache). An `aux_loss` that it sets is added to the loss in training.
-    init_weights draws its matrices; parameters of three dimensions must be stacked experts (E, in, out).
+    Lory.init_weights fills its parameters, and takes those of three dimensions for experts (E, in, out).
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -307,10 +310,10 @@ class Lory(nn.Module):
         random generator of its own, seeded by (seed, name), and all experts get the same numbers. So models
         of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. While experts are equal, de_si = <dW_s, θ_i> is equal for all i,
-        and the softmax passes on differences only: the router learns nothing. If e is uniform too, then
-        dθ_i = Σ_s e_si dW_s is equal for all i, and the experts stay equal for ever. A random router gives
-        them different e_si, so different gradients. They part, and then the router learns too."""
+        The router must not begin at zero. Equal experts get equal de_si = <dW_s, θ_i> from segment s, and the
+        softmax passes on differences only, so the router learns nothing from them. If e is uniform too, they
+        also get equal dθ_i = Σ_s e_si dW_s, and stay equal for ever. A random router gives them different
+        e_si, and so different gradients. They part, and then the router learns too."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -353,18 +356,19 @@ class Lory(nn.Module):
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
-    # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
-    # Here the experts exist from the start. Equal experts with equal gradients stay equal, and equal experts
-    # merge to one FFN however they are routed: the model is dense. A training loop calls the next two methods
-    # in each step of warm-up. Upcycling is to stop calling them.
+    # Dense warm-up (Sec. 4.1, G.3). At the start hidden states mean little, so a router has nothing to choose
+    # by, and experts should part from something that works. The paper trains a dense model first, then copies
+    # its FFN into every expert. Here the experts exist from the start. Equal experts with equal gradients
+    # stay equal, and merge to one FFN however they are routed: the model is dense. A training loop calls the
+    # next two methods in each step of warm-up. When the calls stop, experts part: the paper's upcycling.
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
         (only weight decay touches it, 4% in a default run).
 
-        The mean is dW / E. Each expert gets about as much just after warm-up, so Adam's averages stay valid.
-        Two things differ from training a dense model, whose gradient is dW: the norm that clipping measures
-        has dW / sqrt(E) in its place, and Adam's epsilon is compared with dW / E."""
+        The mean is dW / E. After warm-up an expert gets e_i dW, about as much, so Adam's averages need no
+        reset. A dense model's gradient is dW. Beside it, clipping sees a norm smaller by the square root of
+        E, and Adam's epsilon weighs E times more."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -374,7 +378,7 @@ class Lory(nn.Module):
     @torch.no_grad()
     def tie_experts(self):
         """After the step: copy the first expert over the others. Fused AdamW rounds the last few elements of
-        a tensor differently, which would set the experts apart by 1e-8."""
+        a tensor differently, so equal experts would drift apart by 1e-8."""
         for p in self.parameters():
             if p.dim() == 3:
                 p.copy_(p[:1].clone())
@@ -401,8 +405,8 @@ class Lory(nn.Module):
         return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
 
     def flops_per_token(self, L):
-        """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging is
-        not counted, nor what is recomputed: their cost lowers mfu."""
+        """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
+        what is recomputed count as none, so the time they take shows as a lower mfu."""
         lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)
@@ -558,7 +562,7 @@ def save_checkpoint(path, model, weights=None, **rest):
 def read_checkpoint(path, mmap=False):
     """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. With mmap its
     tensors stay in the file, and are read where they are used."""
-    ckpt, checks = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine does
+    ckpt, checks = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine checks for all
     try:
         with zipfile.ZipFile(path) as archive:
             if not checks or archive.testzip() is None:  # torch.load does not look at the checksums

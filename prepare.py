@@ -110,7 +110,7 @@ def read_builtin(mb_per_domain):
         files += [file for file in metadata.files(library) or ()
                   if file.suffix in ('.py', '.h', '.hpp', '.cuh')
                   and '/ATen/ops/' not in str(file)]  # that folder is generated
-    # The same shuffle for everyone. Salted, for the bare sha1 decides what is held out.
+    # The same shuffle for everyone, and independent of the plain sha1, by which hold_out sorts.
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         try:
@@ -359,7 +359,7 @@ PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 def in_parts(text):
-    """tiktoken's regex engine overflows on a million blanks. A joint between parts costs a merge."""
+    """tiktoken's regex engine overflows on a million blanks. At a cut tokens may stay two that would be one."""
     return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
 
 

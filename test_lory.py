@@ -77,12 +77,15 @@ def naive_lory(ffn, x):
         for k, segment in enumerate(segments):
             # What routes a segment? Not itself, for a token would hear those that follow it. The one before
             # does (causal segment routing, Sec. 3.1), or always the first (prefix routing, Sec. 5.1). The
-            # first has none before it. The paper routes it by itself, but lets the router learn nothing
-            # from that. The other rule routes it by the router's bias alone.
-            heard = segment if k == 0 else segments[k - 1] if ffn.routing == 'causal' else segments[0]
-            logits = ffn.router.weight @ (sum(heard) / len(heard)) + ffn.router.bias  # (E,)
-            if k == 0:
-                logits = logits.detach() if ffn.first_segment == 'self' else ffn.router.bias
+            # first has none before it. The router's bias alone routes it, or, in the paper, its own mean,
+            # from which the router may learn nothing.
+            if k > 0:
+                heard = segments[k - 1] if ffn.routing == 'causal' else segments[0]
+                logits = ffn.router.weight @ (sum(heard) / len(heard)) + ffn.router.bias  # (E,)
+            elif ffn.first_segment == 'self':
+                logits = (ffn.router.weight @ (sum(segment) / len(segment)) + ffn.router.bias).detach()
+            else:
+                logits = ffn.router.bias
             e = torch.exp(logits) / torch.exp(logits).sum()  # (E,), Eq. 3
             # Merge the experts, matrix by matrix (Sec. 2.2). All tokens of the segment go through the
             # merged FFN, a SwiGLU as in LLaMA.
@@ -942,7 +945,7 @@ def test_validation_sums_against_one_token_at_a_time(run_home):
     windows = train.validation_windows(data.val, ['cpp', 'prose'], 64, limit=20)
     size = torch.tensor(prepare.token_bytes(data.tokenizer))
     sums, routing, used = train.evaluate(model, windows, size, 3, nullcontext())
-    row, in_use = train.summary(sums, windows), torch.zeros(2, 4, dtype=torch.bool)
+    row, in_use = train.summary(30, sums, None, windows), torch.zeros(2, 4, dtype=torch.bool)
     for d, name in enumerate(windows):
         expected, weights = np.zeros((2, 3)), []
         for tokens in windows[name]:
@@ -1093,7 +1096,12 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
             resume(flag)
     with refused('resume'):
         run_script(train, tmp_path, *TINY, '--out_dir=whole')  # would overwrite a finished run
-    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3')
+    ckpt = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]
+    assert ckpt['args']['ffn_hidden'] == 96, 'the width itself, so that naming it is no change'
+    for fields in (ckpt['args'], ckpt['config']):  # as if the checkpoint were older than this field
+        del fields['first_segment']
+    torch.save(ckpt, tmp_path / 'whole/ckpt.pt')
+    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=96')
     groups = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]['optimizer']['param_groups']
     assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
     run_script(prepare, tmp_path, '--input', 'own', '--vocab_size=400', '--val_fraction=.3')
@@ -1178,7 +1186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(run_home):
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     model.embed.weight.data.fill_(math.inf)
     save_checkpoint(run_home / 'wild.pt', model, tokenizer=ckpt['tokenizer'])
-    with refused('the loss of step 1 is nan'):
+    with refused('the loss of step 1 is not finite'):
         run_script(train, run_home, *TINY, '--init_from=wild.pt', '--out_dir=wild')
     assert os.listdir(run_home / 'wild') == ['log.csv']
 

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -91,6 +92,7 @@ def main(argv=None, build=Lory):
     # --- settings ---
     args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
+    args.ffn_hidden = config.ffn_hidden  # 0 meant this width
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
@@ -117,7 +119,7 @@ def main(argv=None, build=Lory):
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
     with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
-        model = build(config, seed=args.seed)  # E equal experts: until they are untied, the dense model
+        model = build(config, seed=args.seed)  # all experts begin equal: a dense model until they part
     running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
@@ -126,7 +128,7 @@ def main(argv=None, build=Lory):
     equal = saved is None or saved['config']['n_experts'] == 1
     tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # beside model, optimiser, scaler, tied_until: the whole state of a run
+    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until all that a run carries
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -135,7 +137,7 @@ def main(argv=None, build=Lory):
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} with learning rate {lr:.2e} (it was planned to be {planned:.2e})')
     saved = None  # free its memory
-    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64)
+    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64 or less)
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -146,15 +148,11 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = [], 0  # seconds of each step of this process; of a validation and save
-    asked = []  # signals: the first ends the run after the current step, a second one kills the process
+    times, pause = [], 0  # seconds of each step of this process; of the last validation and save
+    asked, handlers = catch_signals()
+    stop = False
 
-    def stop_soon(which, frame):
-        asked.append(which)
-        signal.signal(which, signal.SIG_DFL)
-    handlers = {which: signal.signal(which, stop_soon) for which in (signal.SIGINT, signal.SIGTERM)}
-
-    while step < args.max_iters:
+    while step < args.max_iters and not stop:
         # --- one update ---
         began = time.perf_counter()
         lr = learning_rate(step, args)
@@ -182,10 +180,7 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(asked), world)
-        finite = math.isfinite(norm) or scaler.is_enabled()  # float16: the scaler skips such a step
-        if not (finite and math.isfinite(loss)):
-            raise UserError(f'the loss of step {step} is {loss}, the gradient norm {norm}: start again with '
-                            'a lower --learning_rate, or with --init_from=resume from the last checkpoint.')
+        check_finite(step, [loss])
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -195,11 +190,9 @@ def main(argv=None, build=Lory):
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = tokens_per_step / max(seconds, 1e-9)
             rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
-            validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
-            left = timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
             say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | '
-                f'{on_cuda(model, device, tok_s / world)}{left} left')
+                f'{on_cuda(model, device, tok_s / world)}{time_left(step, seconds, pause, args)} left')
         if step == tied_until:
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
@@ -207,38 +200,30 @@ def main(argv=None, build=Lory):
         paused = time.perf_counter()
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
-            model.eval()
-            with torch.compiler.set_stance('force_eager'):  # shapes vary here
+            with evaluating(model):
                 sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast)
                 greedy = model.generate(prompt, 40, temperature=0)  # (1, 40)
-            model.train()
-            row = dict(step=step, **summary(sums, windows))
-            if step > tied_until and config.n_experts > 2:  # with two experts no weight can exceed 2/E
-                row['experts'] = used.float().mean().item()
-            rows.append(row)
-            say(f'step {step:6d} | {validation_line(row, windows)}')
+            rows.append(summary(step, sums, used if step > tied_until else None, windows))
             before, after = decode(prompt[0, -12:].tolist()), decode(greedy[0].tolist())
+            say(f'step {step:6d} | {validation_line(rows[-1], windows)}')
             say(f'step {step:6d} | goes on | {before!r} + {after!r}')
-            if not all(math.isfinite(row[f'bpb_{name}']) for name in windows):
-                raise UserError(f'the validation loss of step {step} is not finite: lower --learning_rate.')
+            check_finite(step, [rows[-1][f'bpb_{name}'] for name in windows])
+            if rank == 0:
+                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
 
         # --- save ---
         if validate or stop:
-            best = validate and score(row) == min(score(r) for r in rows if 'val_bpb' in r)
-            weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
+                       optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'],
+                       tokenizer=data.tokenizer)
             if rank == 0:
-                run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                           optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'],
-                           tokenizer=data.tokenizer)
-                if validate:
-                    plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
                 write_log(f'{args.out_dir}/log.csv', rows)
-                # ckpt.pt last: a run that dies before it repeats these steps, and writes the others again.
-                for name in ('best.pt', 'ckpt.pt') if best else ('ckpt.pt',):
-                    save_checkpoint(f'{args.out_dir}/{name}', model, weights, **run)
+                if validate and last_is_best(rows):
+                    save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
+                # Last, since a run that dies before it goes on from the old one and writes the others again.
+                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pause = time.perf_counter() - paused
-        if stop:
-            break
 
     for which, handler in handlers.items():
         signal.signal(which, handler)
@@ -275,11 +260,11 @@ def read_settings(argv):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved = read_checkpoint(args.init_from, mmap=several)
-        defaults = {f.name: saved['config'][f.name] for f in MODEL_FIELDS}
+        defaults = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
         fixed = SHAPE if saved['config']['n_experts'] == 1 else {*SHAPE, 'n_experts'}  # one fills any number
     parser.set_defaults(**PRESETS[args.preset] | defaults)
     args = parser.parse_args(argv)
-    for name in sorted(fixed):
+    for name in sorted(fixed & defaults.keys()):  # an older checkpoint may lack a newer flag
         if getattr(args, name) != defaults[name]:
             raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
     if args.shard and (not several or args.dtype == 'float16'):
@@ -355,7 +340,8 @@ def to_xy(windows, device):
 # --- Model and optimiser, alone or among many ranks. ---
 
 def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. Only DDP wraps it: checkpoints know the bare names."""
+    """-> the model as the loop runs it, on its device. Only DDP returns another object. Checkpoints are taken
+    from the model itself, so that its names in them carry no prefix."""
     if args.activation_checkpointing:
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -395,9 +381,9 @@ def load_optimizer(model, optimizer, state):
     the flags say."""
     params = dict(model.named_parameters())
     with implicit_replication():  # with --shard each rank takes its share
-        for name, averages in state['state'].items():  # in the file's order, which the next file then has too
+        for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
             p = params[name]
-            for key, value in averages.items():  # two averages like p, and a step ()
+            for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
                 own = torch.zeros_like(p) if value.dim() else torch.zeros((), device=p.device)
                 optimizer.state[p][key] = own.copy_(value.to(p.device))
 
@@ -412,6 +398,17 @@ def learning_rate(step, args):
     return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * cosine)
 
 
+def catch_signals():
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end, and the handlers to put back. A second
+    signal kills the process."""
+    asked = []
+
+    def ask(which, frame):
+        asked.append(which)
+        signal.signal(which, signal.SIG_DFL)
+    return asked, {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
+
+
 def over_ranks(loss, norm, asked, world):
     """-> mean loss, gradient norm, above 0 if a rank was asked to stop. This waits for the device, once."""
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -419,6 +416,18 @@ def over_ranks(loss, norm, asked, world):
     if world > 1:
         dist.all_reduce(totals)
     return (totals / world).tolist()
+
+
+def check_finite(step, figures):
+    if not all(math.isfinite(figure) for figure in figures):
+        raise UserError(f'the loss of step {step} is not finite, and nothing was saved since the last '
+                        'checkpoint: use a lower --learning_rate, or try --init_from=resume.')
+
+
+def time_left(step, seconds, pause, args):
+    """The forecast: what steps and validations, with a save each, that are still to come will take."""
+    validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
+    return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
 
 def on_cuda(model, device, tok_s):
@@ -448,12 +457,21 @@ def validation_windows(split, domains, L, limit=0):
     return windows
 
 
+@contextmanager
+def evaluating(model):
+    model.eval()
+    with torch.compiler.set_stance('force_eager'):  # shapes vary, and each would be compiled
+        yield
+    model.train()
+
+
 @torch.no_grad()
 def evaluate(model, windows, token_bytes, micro, autocast):
     """Every rank does all of it, so it needs no communication.
     -> sums (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions, [:, 1] after segment 1;
     routing (n_domains, n_layer, E), mean weights of the segments after the first, if any (Sec. 5.4);
-    used (n_layer, E), bool, experts with a weight above 2/E for some of these segments (App. G.1)"""
+    used (n_layer, E), bool, experts with a weight above 2/E in any of these segments (App. G.1, which
+    counts over the segments of 10 training steps)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     exact = torch.float32 if device.type == 'mps' else torch.float64
@@ -476,14 +494,17 @@ def evaluate(model, windows, token_bytes, micro, autocast):
     return sums.cpu(), routing.cpu(), used.cpu() > 0
 
 
-def summary(sums, names):
-    """`sums` as a row of log.csv: bits per byte and perplexity, of all positions and after segment 1."""
+def summary(step, sums, used, names):
+    """A row of log.csv: bits per byte and perplexity, of all positions and after segment 1; and the share of
+    experts in use, unless `used` is None."""
     bpb = sums[..., 0] / sums[..., 2] / math.log(2)  # (n_domains, 2)
     ppl = (sums[..., 0] / sums[..., 1]).exp()  # (n_domains, 2)
-    row = dict(val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
+    row = dict(step=step, val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
     for d, name in enumerate(names):
         row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
                 f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
+    if used is not None and used.shape[1] > 2:  # with two experts no weight can exceed 2/E
+        row['experts'] = used.float().mean().item()
     return row
 
 
@@ -497,9 +518,12 @@ def validation_line(row, names):
     return ' | '.join([*parts, ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in names)])
 
 
-def score(row):
-    """What best.pt is judged by: the loss after segment 1, where no rule sees ahead, if there is any."""
-    return row['later_bpb'] if math.isfinite(row['later_bpb']) else row['val_bpb']
+def last_is_best(rows):
+    """Is the last validation the best? Judged by bits per byte after segment 1, because there even
+    first_segment=self does not see ahead; by all positions if no segment follows."""
+    val = [row for row in rows if 'val_bpb' in row]
+    name = 'later_bpb' if math.isfinite(val[-1]['later_bpb']) else 'val_bpb'
+    return val[-1][name] == min(row[name] for row in val)
 
 
 # --- What a run leaves behind, beside its checkpoints. ---

@@ -111,7 +111,7 @@ def specialized(dense, model, data, token_bytes):
 
     def by_domain(m):
         sums = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False))[0]
-        row = summary(sums, windows)
+        row = summary(0, sums, None, windows)
         return {d: row[f'bpb_{d}'] for d in windows}
     experts = {}
     for domain in windows:
