@@ -137,8 +137,8 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones and no datasets of ours. Links are followed, nothing is
-    visited twice."""
+    """The files at or below `path`, but no hidden ones and no datasets of ours. Links are followed, and
+    nothing is visited twice."""
     place = os.path.realpath(path)
     if place in seen or (path / 'train_docs.npz').exists():
         return []
@@ -359,7 +359,7 @@ PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 def in_parts(text):
-    """tiktoken's regex engine overflows on a million blanks. At a cut tokens may stay two that would be one."""
+    """tiktoken's regex engine overflows on a million blanks. At a cut, two tokens may not become one."""
     return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
 
 
