@@ -158,7 +158,7 @@ class LoryFFN(nn.Module):
         if self.router is None:
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, 1 if cache else N, 1)
         if cache is not None:
-            return self.read(x, cache)
+            return self.forward_cached(x, cache)
         if N * T > L:
             # Pad the last segment. The zeros make its mean wrong, but that mean routes nothing.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
@@ -167,7 +167,7 @@ class LoryFFN(nn.Module):
         y = lean_swiglu(x.view(B * N, T, D), e.flatten(0, 1), self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
-    def read(self, x, cache):
+    def forward_cached(self, x, cache):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and for
         every token (B, 1, D) after it. In training a segment must not route itself. Here the prompt may, for
         nothing is predicted inside it. `cache` keeps the merged FFN, see Cache.

@@ -16,7 +16,7 @@ class ReroutedFFN(LoryFFN):
     """Prompt and continuation are cut into segments of T tokens, counted from the first one. Needs no other
     weights than a LoryFFN, so it reads the same checkpoints."""
 
-    def read(self, x, cache):
+    def forward_cached(self, x, cache):
         """The prompt (B, L, D), then a token (B, 1, D). -> output, routing weights (B, N, E) or None"""
         T = self.segment_len
         if cache.ffn is None:
@@ -29,10 +29,10 @@ class ReroutedFFN(LoryFFN):
             cache.ffn = self.merged(self.routing_weights(cache.total / T))
             cache.total = 0
         cache.total = cache.total + x[:, 0]
-        return super().read(x, cache)
+        return super().forward_cached(x, cache)
 
 
-ReroutedFFN.__name__ = LoryFFN.__name__  # by which a checkpoint knows its layer
+ReroutedFFN.__name__ = LoryFFN.__name__  # by which a checkpoint knows its FFN
 
 
 def main(argv=None):
