@@ -9,7 +9,7 @@ For each run, on held-out text: mean routing weights by layer and domain (Fig. 6
 weights alone tell the domain of an unseen document; what each domain loses when one expert is taken
 away; the entropy of the weights and the experts in use within 10 training steps (App. G.1); and the
 loss in segment 1 by position, as reported and honest, each prefix on its own. Writes
-experiments/inside.json, assets/inside.png and assets/stream.png, the weights along the text.
+experiments/inside.json and assets/inside.png.
 """
 import json
 import math
@@ -187,39 +187,6 @@ def same_document(start, T):
     return np.average(pairs, weights=T - abs(k - T)) / lengths.sum()
 
 
-def draw_stream(path, n=8):
-    """assets/stream.png: along n training windows, chained and shuffled, the domain that each segment
-    begins in and the last layer's routing weights for it."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    model = load_checkpoint(path)[0]
-    L, T = model.config.block_size, model.config.segment_len
-    fig, axes = plt.subplots(4, 1, figsize=(10, 4.6), layout='constrained', height_ratios=(1, 4, 1, 4),
-                             sharex=True)
-    orders = (('builtin', 'chained'), ('shuffled', 'shuffled'))
-    for strip, weights, (dataset, order) in zip(axes[::2], axes[1::2], orders):
-        data = prepare.load_dataset(f'data/{dataset}', L)
-        train = data.train
-        first = len(train.tokens) // 2 // L * L  # any place will do
-        x, y = to_xy([train.tokens[i:i + L + 1] for i in range(first, first + n * L, L)], 'cpu')
-        e = nats(model, x, y)[1][:, -1].flatten(0, 1)  # (n * N, E)
-        domain = train.domain[np.searchsorted(train.start, first + T * np.arange(len(e)), 'right') - 1]
-        strip.imshow(domain[None], aspect='auto', cmap='tab10', vmin=0, vmax=9)
-        strip.set(yticks=[], title=f"{order}: each segment's domain, and below it its routing weights in the "
-                  'last layer')
-        joints = [0, *np.flatnonzero(np.diff(domain)) + 1, len(domain)]
-        for a, b in zip(joints[:-1], joints[1:]):
-            if b - a > 5:  # room for a name
-                strip.text((a + b - 1) / 2, 0, data.meta['domains'][domain[a]], ha='center', va='center',
-                           fontsize=8)
-        weights.imshow(e.T, aspect='auto', vmin=0, vmax=1)
-        weights.set(ylabel='expert', yticks=range(len(e.T)), yticklabels=range(1, len(e.T) + 1))
-    weights.set(xlabel=f'segments of {T} tokens, {L // T} a sequence; the prior routes the first of each')
-    with atomic_open(f'{ROOT}/assets/stream.png') as f:
-        fig.savefig(f, format='png', dpi=100)
-
-
 def main():
     make_parser(__doc__).parse_args()
     path, results = f'{HERE}/inside.json', []
@@ -245,8 +212,7 @@ def main():
               f'of the mean {r["entropy_of_mean"]:.2f} | in use {r["in_use"]:.2f} | segment 1 reported '
               f'{s["reported"]:.3f}, honest {s["honest"]:.3f}, another\'s {s["other"]:.3f}')
     draw(results)
-    if os.path.exists('runs/e8-half-1337/ckpt.pt'):
-        draw_stream('runs/e8-half-1337/ckpt.pt')
+    if os.path.exists('data/builtin/meta.json'):
         start = prepare.load_dataset('data/builtin', 1024).train.start
         print('routed by the same document: '
               + ', '.join(f'T={T} {same_document(start, T):.2f}' for T in (64, 256, 512)))
