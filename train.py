@@ -566,8 +566,8 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
                               extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
             ax.set(title=f'layer {layer + 1}', xlabel='expert')
             ax.set_yticks(range(len(domains)), labels)
-        bar = fig.colorbar(image, ax=axes, label='mean routing weight')
-        bar.ax.axhline(1 / E, color='w')  # all experts alike
+        bar = fig.colorbar(image, ax=axes, label='mean routing weight (white line: 1/E)')
+        bar.ax.axhline(1 / E, color='w')
     for name, fig in figures.items():
         with atomic_open(f'{out_dir}/{name}') as f:
             fig.savefig(f, format='png', dpi=110)

@@ -49,7 +49,7 @@ def segment(ax, k):
     box(ax, mix - 0.4, 11.5, 4.3, 2.1, f'merged FFN\n$\\Sigma_i\\; e_{{{k + 1},i}}\\, \\theta_i$',
         tuple(np.dot(WEIGHTS[k], [matplotlib.colors.to_rgb(color) for color in COLORS])))
     arrow(ax, (mix + 0.6, 15.2), (mix + 0.6, 13.7), '0.55')  # all experts come down into the mix
-    arrow(ax, (tokens - 1.2, 13.6), (tokens - 1.2, 14.8))
+    arrow(ax, (tokens - 1.2, 13.6), (tokens - 1.2, 16.2))
 
     arrow(ax, (mix - 1.6, 5.1), (mix - 1.6, 6))
     last = k == len(TEXTS) - 1
@@ -63,7 +63,7 @@ def segment(ax, k):
 def main():
     make_parser(__doc__).parse_args()
     fig, ax = plt.subplots(figsize=(11, 5.2), layout='constrained')
-    ax.set(xlim=(0, LEFT + 4 * STEP), ylim=(-0.8, 16.6))
+    ax.set(xlim=(0, LEFT + 4 * STEP), ylim=(-0.8, 17.2))
     ax.axis('off')
     right = LEFT + 4 * STEP - 1
     box(ax, LEFT, 3.9, right - LEFT, 1.2, 'attention to all earlier tokens, and norm: the hidden states that '
@@ -72,8 +72,10 @@ def main():
         segment(ax, k)
     for i, color in enumerate(COLORS):
         box(ax, 0.1, 14.7 - 1.1 * i, 3, 0.85, f'expert $\\theta_{i + 1}$', color)
-    ax.plot([3.1, LEFT + 3 * STEP + 3.8], [15.2, 15.2], color='0.55', lw=1.4)
-    ax.text(right, 15.5, 'to the next block (n_layer in all)', ha='right', fontsize=9)
+        ax.plot([3.1, 3.4], [15.1 - 1.1 * i] * 2, color='0.55', lw=1.4)
+    ax.plot([3.4, 3.4, 3.4, LEFT + 3 * STEP + 3.8], [11.8, 15.1, 15.2, 15.2], color='0.55', lw=1.4)
+    ax.text(3.6, 15.4, 'all experts, into every mix', fontsize=8.5, color='0.4')
+    ax.text(right, 16.4, 'to the next block (n_layer in all)', ha='right', fontsize=9)
     box(ax, 0.1, 9.2, 3, 1.6, 'learned\nprior', '#dfe8f2')
     arrow(ax, (3.2, 10), (LEFT + 2.1, 10), LAG)
     ax.text(LEFT + 3.6, 6.85, 'routes the\nnext one', va='center', fontsize=8.5, color=LAG)

@@ -72,7 +72,7 @@ def causality():
         for border in range(T, L, T):
             ax.axvline(border + 0.5, color='0.7', lw=0.6)
             ax.axhline(border + 0.5, color='0.7', lw=0.6)
-        ax.set(title=f'first_segment={rule}', xlabel='logits that move at position')
+        ax.set(title=f'first_segment={rule}, segments of {T}', xlabel='logits that move at position')
         ax.set(xticks=range(T, L + 1, T), yticks=range(T, L + 1, T))
     axes[0].set_ylabel('when the token at this position changes')
     axes[1].annotate('segment 1 sees ahead', (3, 6.5), (12, 5.5), color='w', va='center',
