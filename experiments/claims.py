@@ -129,8 +129,10 @@ def read(path, group, seed):
     """Every second line of a run's log and all its validations, a row for each step, to five digits."""
     with open(f'data/{dataset_of(group)}/meta.json', encoding='utf-8') as f:
         data = json.load(f)['sha256']['train.bin'][:12]
-    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'], capture_output=True,
-                            text=True).stdout.strip()
+    git = ['git', '-C', ROOT]  # a result file that grew does not make the code another
+    commit = subprocess.run([*git, 'describe', '--always'], capture_output=True, text=True).stdout.strip()
+    if subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', '*.py']).returncode:
+        commit += '-dirty'
     made = dict(group=group, seed=seed, dtype='float32', commit=commit, data=data)
     rows = {}
     with open(path, newline='', encoding='utf-8') as f:
