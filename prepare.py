@@ -137,10 +137,10 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones and no datasets of ours. Links are followed, and
-    nothing is visited twice."""
+    """The files at or below `path`, but no hidden ones, and no datasets and runs of ours. Links are followed,
+    and nothing is visited twice."""
     place = os.path.realpath(path)
-    if place in seen or (path / 'train_docs.npz').exists():
+    if place in seen or (path / 'train_docs.npz').exists() or (path / 'ckpt.pt').exists():
         return []
     seen.add(place)
     try:
@@ -158,7 +158,7 @@ def read_jsonl(text, source, domain):
             record = json.loads(line.strip() or '{"text": ""}')
             record['text'].encode()  # fails for anything but text, half a surrogate pair too
             label = record.get('domain')
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f'{source}, line {i}: expected a JSON object with a string "text".') from None
         if record['text'].strip():
             label = domain if label in (None, '') else str(label)
@@ -191,7 +191,8 @@ def read_inputs(paths):
         else:
             docs.append(Document(text, domain, source))
     if skipped:
-        say('skipped', f'{len(skipped):,} inputs without readable text, such as {", ".join(skipped[:5])}')
+        examples = ', '.join(skipped[:5])
+        say('skipped', f'{len(skipped):,} inputs without readable UTF-8 text, such as {examples}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -426,7 +427,7 @@ def make_tokenizer(name, vocab_size=0, texts=()):
             d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
             load_tokenizer(d).encode_single_token(EOT)
             return d
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     if name in ('bpe', 'byte'):
         tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
@@ -548,10 +549,14 @@ def flags():
 
 def main(argv=None):
     args = flags().parse_args(argv)
-    args.dataset = args.dataset or (Path(os.path.abspath(args.input[0])).stem if args.input else 'builtin')
+    if not args.dataset:
+        first = Path(os.path.abspath(args.input[0])) if args.input else Path('builtin')
+        args.dataset = first.stem if first.is_file() else first.name
     path = Path('data', args.dataset)
     if path.name != args.dataset or args.dataset == '..':
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
+    if path.exists():
+        say('note', f'what is in {path}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
@@ -564,7 +569,8 @@ def main(argv=None):
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)
     if not val:
-        raise UserError(f'no text, or too little text to hold some out: no domain has {4 * MIN_VAL} bytes.')
+        raise UserError(f'no domain has {4 * MIN_VAL} bytes, too little to hold some out: give more text, '
+                        'in UTF-8.')
     train, twins = near_duplicates(val, train)
     say('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:

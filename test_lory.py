@@ -486,7 +486,9 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
         'books/sea/deep/1.md': 'sea: a whale', 'books/sea/2.md': 'sea: a shark', 'books/3.txt': 'books: 3',
         'elsewhere/4.txt': 'link: from elsewhere', 'note.txt': '\ufeffnote.txt: two\r\nlines',
         'books/.git/config': 'hidden', 'books/empty.txt': ' \n', 'books/latin.txt': b'caf\xe9',
-        'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2'})
+        'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2',
+        'books/out/ckpt.pt': '', 'books/out/log.csv': 'a run', 'books/data/train_docs.npz': '',
+        'books/data/meta.json': 'a dataset'})
     for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'none'):
         Path(link).symlink_to(tmp_path / target)
     os.mkfifo('books/pipe')
@@ -858,9 +860,9 @@ def test_a_failed_prepare_leaves_the_old_data(module, name, number, error, data_
 # --- The script. ---
 
 @pytest.mark.parametrize('argv, message', [
-    ('--input nowhere', 'does not exist'), ('--input void', 'no text'), ('--input one.txt', 'too little'),
-    ('--input spaces.txt', 'no text'), ('--input bad.jsonl', 'line 2'), ('--input list.jsonl', 'line 1'),
-    ('--input same.jsonl', 'too little text'), ('--input alike --val_fraction=.6', 'nothing is left'),
+    ('--input nowhere', 'does not exist'), ('--input void', 'too little'), ('--input one.txt', 'too little'),
+    ('--input spaces.txt', 'too little'), ('--input bad.jsonl', 'line 2'), ('--input list.jsonl', 'line 1'),
+    ('--input same.jsonl', 'too little'), ('--input alike --val_fraction=.6', 'nothing is left'),
     ('--input one.txt --tokenizer=gpt22', 'not known'), ('--input many.jsonl', '300 domains'),
     ('--dataset=a/b', 'plain'), ('--dataset=..', 'plain')])
 def test_bad_input(argv, message, tmp_path):
@@ -1169,7 +1171,8 @@ def test_two_ranks_equal_one(run_home):
 
 
 @pytest.mark.parametrize('flags, word', [
-    ('--segment_len=65', 'segment_len'), ('--n_experts=0', 'n_experts'), ('--device=gpu', 'gpu'),
+    ('--segment_len=65', 'segment_len'), ('--n_experts=0', 'n_experts'), ('--out_dir=', 'out_dir'),
+    ('--device=gpu', 'gpu'),
     ('--block_size=9999999', '9999999'), ('--shard', 'torchrun'), ('--dataset=none', 'none'),
     ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'), ('--init_from=resum', 'resum'),
     ('--init_from=resume', 'ckpt.pt'), ('--dataset=builtin --n_head=5', 'n_head'),

@@ -250,6 +250,8 @@ def read_settings(argv):
     only changes need flags."""
     parser, saved, defaults, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
+    if not args.out_dir:
+        raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
     latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # ranks share one mapped file
     if args.init_from == 'resume':
         saved = read_checkpoint(latest, mmap=several)
