@@ -20,7 +20,7 @@ routing*: the mean hidden state of segment k-1 routes segment k (Sec. 3.1, Eq. 3
               |                    |
             router               router                           softmax                         (B, N, E)
               `---------.          `---------.
-   first_segment        |                    |                    shifted by one segment
+  prior or own mean     |                    |                    shifted by one segment
          |              |                    |
        e(1)           e(2)                 e(3)                   routing weights                 (B, N, E)
          |              |                    |
@@ -133,8 +133,8 @@ class LoryFFN(nn.Module):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x.mean(2))  # (B, N, E), what the mean of each segment says
         if self.first_segment == 'prior':
-            # Ours: router(0), the softmax of its bias alone. The bias is learned, hears no token of the text,
-            # and is also part of the logits of all later segments.
+            # Ours: the softmax of router(0), its bias, which depends on no token. The same learned bias
+            # enters the routing of all later segments.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
@@ -160,7 +160,7 @@ class LoryFFN(nn.Module):
         if cache is not None:
             return self.forward_cached(x, cache)
         if N * T > L:
-            # Pad the last segment. The zeros make its mean wrong, but that mean routes nothing.
+            # Pad the last segment. The zeros make its mean wrong, but no segment follows for it to route.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
         # This equals swiglu(x, *self.merged(e)), in less memory: see lean_swiglu.
@@ -209,7 +209,9 @@ class MergedLinear(torch.autograd.Function):
 
 
 def lean_swiglu(x, e, gate, up, down):
-    """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)), x (S, T, D), e (S, E), in autocast's dtype."""
+    """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)
+
+    MergedLinear computes in the dtype of x. Autocast would convert in the forward pass only."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     inner = F.silu(MergedLinear.apply(x, e, gate)) * MergedLinear.apply(x, e, up)  # (S, T, H)
@@ -264,6 +266,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.remember(k, v)  # (B, nh, tokens so far, hs) both
+        # Several tokens are all there are, a whole text or a prompt. A single one sees all that are kept.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)  # (B, nh, L, hs)
         return self.proj(y.transpose(1, 2).reshape(B, L, D))
 
@@ -310,10 +313,10 @@ class Lory(nn.Module):
         random generator of its own, seeded by (seed, name), and all experts get the same numbers. So models
         of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. Equal experts get equal de_si = <dW_s, θ_i> from segment s, and the
-        softmax passes on differences only, so the router learns nothing from them. If e is uniform too, they
-        also get equal dθ_i = Σ_s e_si dW_s, and stay equal for ever. A random router gives them different
-        e_si, and so different gradients. They part, and then the router learns too."""
+        The router must not begin at zero. While experts are equal, so are the gradients of their weights,
+        de_i = <dW, θ_i>. The softmax passes on differences only, so the router learns nothing. If e is
+        uniform too, experts get equal gradients dθ_i = Σ e_i dW, summed over segments, and stay equal for
+        ever. A random router gives them different e_i in each segment. They part, and then it learns too."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -325,7 +328,8 @@ class Lory(nn.Module):
             p.copy_(drawn.to(p.device))  # every expert gets the same
 
     def trunk(self, idx, caches=None):
-        """All but the output head. (B, L) tokens -> (B, L, D), n_layer routing weights (B, N, E)"""
+        """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
+        (B, N, E); with caches (B, 1, E) for the prompt, and None for a token after it"""
         x, routing, L = self.embed(idx), [], idx.shape[1]  # (B, L, D)
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
@@ -366,9 +370,9 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
         (only weight decay touches it, 4% in a default run).
 
-        The mean is dW / E. After warm-up an expert gets e_i dW, about as much, so Adam's averages need no
-        reset. A dense model's gradient is dW. Beside it, clipping sees a norm smaller by the square root of
-        E, and Adam's epsilon weighs E times more."""
+        With dW the gradient of the merged FFN, each expert gets dW / E. After warm-up it gets e_i dW, about
+        as much, so Adam's averages need no reset. A dense FFN would get dW: here the experts add less to
+        the norm that clipping sees, by the square root of E, and Adam's epsilon weighs E times more."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -406,7 +410,7 @@ class Lory(nn.Module):
 
     def flops_per_token(self, L):
         """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
-        what is recomputed count as none, so the time they take shows as a lower mfu."""
+        recomputation are not counted, so their time lowers mfu."""
         lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)

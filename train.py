@@ -128,7 +128,7 @@ def main(argv=None, build=Lory):
     equal = saved is None or saved['config']['n_experts'] == 1
     tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until all that a run carries
+    step, losses, rows = 0, [], []  # these, model, optimizer, scaler and tied_until: a run's whole state
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -412,12 +412,13 @@ def catch_signals():
 
 
 def over_ranks(loss, norm, asked, world):
-    """-> mean loss, gradient norm, above 0 if a rank was asked to stop. This waits for the device, once."""
+    """-> mean loss, gradient norm, was a rank asked to stop? This waits for the device, once."""
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     totals = torch.stack([loss, norm, torch.full_like(loss, asked)])  # (3,)
     if world > 1:
         dist.all_reduce(totals)
-    return (totals / world).tolist()
+    loss, norm, asked = (totals / world).tolist()
+    return loss, norm, asked > 0
 
 
 def check_finite(step, figures):
