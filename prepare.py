@@ -500,8 +500,8 @@ def save_dataset(path, splits, tokenizer, meta):
             for name in sorted(FILES):
                 os.replace(new / name, path / name)
     except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}), what was there is unchanged: free some space '
-                        'or choose another --dataset.') from None
+        raise UserError(f'cannot write {path} ({e.strerror}): free some space or choose another '
+                        '--dataset.') from None
     return meta
 
 

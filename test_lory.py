@@ -878,6 +878,13 @@ def test_bad_input(argv, message, tmp_path):
     assert (tmp_path / 'data/own/meta.json').read_text() == 'old'
 
 
+def test_a_dataset_is_called_like_its_folder_or_its_file(tmp_path):
+    write_files(tmp_path, {'corpus-v1.1/a.txt': data_words(400), 'notes.txt': data_words(400)})
+    for path in ('corpus-v1.1/', 'notes.txt'):
+        data_prepare(tmp_path, '--input', path, '--tokenizer=byte')
+    assert set(os.listdir(tmp_path / 'data')) == {'corpus-v1.1', 'notes'}
+
+
 def test_bad_flags(tmp_path, capsys):
     for flag in ('--order=best', '--vocab_size=256', '--val_fraction=0', '--n_neighbors=0', '--nonsense=1'):
         with pytest.raises(SystemExit, match='2'):
@@ -966,6 +973,10 @@ def test_validation_sums_against_one_token_at_a_time(run_home):
             assert row[f'{key}bpb_{name}'] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
             assert row[f'{key}ppl_{name}'] == pytest.approx(math.exp(nats / n), rel=1e-5)
     assert row['later_bpb'] == pytest.approx((row['later_bpb_cpp'] + row['later_bpb_prose']) / 2)
+    model.train()
+    with train.evaluating(model):
+        assert not model.training
+    assert model.training
     assert torch.equal(used, in_use)
 
 
@@ -1185,12 +1196,15 @@ def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, 
     assert not (run_home / 'refused').exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(run_home):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(run_home, monkeypatch):
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     model.embed.weight.data.fill_(math.inf)
     save_checkpoint(run_home / 'wild.pt', model, tokenizer=ckpt['tokenizer'])
     with refused('the loss of step 1 is not finite'):
         run_script(train, run_home, *TINY, '--init_from=wild.pt', '--out_dir=wild')
+    monkeypatch.setattr(train, 'summary', lambda *a, real=train.summary: real(*a) | dict(bpb_cpp=math.nan))
+    with refused('the loss of step 1 is not finite'):  # in validation
+        run_script(train, run_home, *TINY, '--max_iters=1', '--out_dir=wild')
     assert os.listdir(run_home / 'wild') == ['log.csv']
 
 
