@@ -197,8 +197,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ rather than transpose W. If the forward pass's product stood here again, torch.compile
-        # would keep W in memory instead of computing it twice.
+        # Merge θᵀ rather than transpose W: torch.compile would recognise the product of the forward pass, and
+        # keep W in memory instead of computing it twice.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
@@ -266,7 +266,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.remember(k, v)  # (B, nh, tokens so far, hs) both
-        # Several tokens are all there are, a whole text or a prompt. A single one sees all that are kept.
+        # Several tokens are a whole text or a prompt, hence the mask. A single one may see all that is kept.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)  # (B, nh, L, hs)
         return self.proj(y.transpose(1, 2).reshape(B, L, D))
 
@@ -371,8 +371,8 @@ class Lory(nn.Module):
         (only weight decay touches it, 4% in a default run).
 
         With dW the gradient of the merged FFN, each expert gets dW / E. After warm-up it gets e_i dW, about
-        as much, so Adam's averages need no reset. A dense FFN would get dW: here the experts add less to
-        the norm that clipping sees, by the square root of E, and Adam's epsilon weighs E times more."""
+        as much, so Adam's averages need no reset. A dense FFN would get dW. So the E experts together
+        have a gradient norm √E below a dense FFN's and clipping acts less, and Adam's epsilon acts more."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -491,7 +491,8 @@ def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
             return ['false', 'true'].index(text.lower()) == 1  # a ValueError for any other word
         value = kind(text)
         if kind is not str and not low <= value < below:
-            raise argparse.ArgumentTypeError(f'{text} must be finite, at least {low} and below {below}')
+            limit = f' and below {below}' if below < math.inf else ''
+            raise argparse.ArgumentTypeError(f'{text} must be at least {low}{limit}')
         return value
     parse.__name__ = kind.__name__  # as in argparse's "invalid int value"
     alone = dict(nargs='?', const=True) if kind is bool else {}
@@ -563,14 +564,15 @@ def save_checkpoint(path, model, weights=None, **rest):
         torch.save(dict(rest, format=FORMAT, layer=model.ffn_name, config=config, model=weights), f)
 
 
-def read_checkpoint(path, mmap=False):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. With mmap its
-    tensors stay in the file, and are read where they are used."""
-    ckpt, checks = {}, os.environ.get('LOCAL_RANK', '0') == '0'  # one process of a machine checks for all
+def read_checkpoint(path):
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Several ranks
+    map the file in place of reading it all, and one rank of a machine verifies it."""
+    ckpt, rank = {}, os.environ.get('LOCAL_RANK')
     try:
         with zipfile.ZipFile(path) as archive:
-            if not checks or archive.testzip() is None:  # torch.load does not look at the checksums
-                ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+            # torch.load does not look at the checksums.
+            if rank not in (None, '0') or archive.testzip() is None:
+                ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
     except OSError as error:
         raise UserError(f'cannot read {path} ({error.strerror}): choose another, or run train.py.') from error
     except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):

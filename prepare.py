@@ -140,7 +140,7 @@ def walk(path, seen):
     """The files at or below `path`, but no hidden ones, and no datasets and runs of ours. Links are followed,
     and nothing is visited twice."""
     place = os.path.realpath(path)
-    if place in seen or (path / 'train_docs.npz').exists() or (path / 'ckpt.pt').exists():
+    if place in seen or os.path.exists(path / 'train_docs.npz') or os.path.exists(path / 'ckpt.pt'):
         return []
     seen.add(place)
     try:
@@ -243,8 +243,8 @@ def hold_out(docs, val_fraction):
 
 
 def ngrams(text):
-    """Sorted hashes (n,) uint64 of the different 9-grams of characters in a text, white space collapsed. A
-    text of less than 50 characters is its only element: equality counts. So is, for memory, a huge one."""
+    """Sorted hashes (n,) uint64 of the different 9-grams of characters in a text, white space collapsed. Very
+    short and, for memory, very long texts get one hash of the whole: only equal ones match."""
     text = ' '.join(text.split())
     if not 50 <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
@@ -367,8 +367,8 @@ def in_parts(text):
 def count_words(texts, room):
     """word -> how often it occurs, up to `room` bytes of long words, from texts in random order.
 
-    Text without blanks has clauses for words, nearly all of them long and new. Merging them takes long, and
-    more would hardly change which pairs are frequent. English has as many in some 50 MB."""
+    In text without blanks a whole clause counts as one word, and nearly all are long and new. Merging them
+    takes long, and more would hardly change which pairs are frequent. English has as many in some 50 MB."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
         found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # endless: no use
@@ -517,7 +517,7 @@ def load_dataset(path, block_size):
             if sha256(path / name) != meta['sha256'][name]:
                 raise ValueError(f'meta.json has another checksum of {name}')
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'no dataset: {path} is missing or damaged ({e!r}); make it with prepare.py and '
+        raise UserError(f'no dataset: {path} is missing or damaged ({e}); make it with prepare.py and '
                         f'--dataset={path.name}, in the folder that holds data/.') from None
     for split in ('train', 'val'):
         tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')

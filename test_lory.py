@@ -946,15 +946,16 @@ def test_validation_windows_of_long_short_and_empty_domains(L, limit, starts):
         assert [w.tolist() for w in chosen] == [list(range(i, min(i + L + 1, end))) for i in expected]
 
 
-def test_validation_sums_against_one_token_at_a_time(run_home):
+def test_validation_against_one_token_at_a_time(run_home):
     """With bytes counted from the decoded text, in which the end of a document has none."""
     data = prepare.load_dataset(run_home / 'data/own', 64)
     model, _ = load_checkpoint(run_home / 'whole/ckpt.pt')
     tokenizer = prepare.load_tokenizer(data.tokenizer)
     windows = train.validation_windows(data.val, ['cpp', 'prose'], 64, limit=20)
     size = torch.tensor(prepare.token_bytes(data.tokenizer))
-    sums, routing, used = train.evaluate(model, windows, size, 3, nullcontext())
-    row, in_use = train.summary(30, sums, None, windows), torch.zeros(2, 4, dtype=torch.bool)
+    figures, routing = train.evaluate(model.eval(), windows, size, 3, nullcontext())
+    assert model.training
+    in_use = torch.zeros(2, 4, dtype=torch.bool)
     for d, name in enumerate(windows):
         expected, weights = np.zeros((2, 3)), []
         for tokens in windows[name]:
@@ -967,17 +968,15 @@ def test_validation_sums_against_one_token_at_a_time(run_home):
                     expected[:2 if t >= 16 else 1] += nats[t, target].item(), 1, n_bytes
             weights.append(e[0, :, 1:])  # (n_layer, N - 1, E), without segment 1
             in_use |= (weights[-1] > 2 / 4).any(1)
-        assert_close(sums[d].numpy(), expected, rtol=1e-5, atol=0)
         assert_close(routing[d], torch.stack(weights).mean((0, 2)))
         for key, (nats, n, n_bytes) in zip(('', 'later_'), expected):
-            assert row[f'{key}bpb_{name}'] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
-            assert row[f'{key}ppl_{name}'] == pytest.approx(math.exp(nats / n), rel=1e-5)
-    assert row['later_bpb'] == pytest.approx((row['later_bpb_cpp'] + row['later_bpb_prose']) / 2)
-    model.train()
-    with train.evaluating(model):
-        assert not model.training
-    assert model.training
-    assert torch.equal(used, in_use)
+            assert figures[f'{key}bpb_{name}'] == pytest.approx(nats / n_bytes / math.log(2), rel=1e-5)
+            assert figures[f'{key}ppl_{name}'] == pytest.approx(math.exp(nats / n), rel=1e-5)
+    for key in ('', 'later_'):
+        mean = (figures[f'{key}bpb_cpp'] + figures[f'{key}bpb_prose']) / 2
+        assert figures[f'{key or "val_"}bpb'] == pytest.approx(mean)
+    assert figures['experts'] == pytest.approx(in_use.float().mean())
+    assert 'experts' not in train.evaluate(model, windows, size, 3, nullcontext(), tied=True)[0]
 
 
 LOSSES = [3.92877, 3.89642, 3.78070, 3.73069, 3.66252, 3.65812, 3.62614, 3.57949, 3.53947, 3.56094,
@@ -1069,9 +1068,10 @@ def test_a_run_made_longer_is_not_tied_for_longer(run_home):
     (64, dict(val_bpb=[3, 1, 2, 2]))])  # there is nothing after it
 def test_best_is_the_best_validation(run_home, monkeypatch, segment_len, scripted):
     """Step 2, also when a run is resumed."""
-    def summary(*args, real=train.summary):
-        return real(*args) | {key: values.pop(0) for key, values in scripted.items()}
-    monkeypatch.setattr(train, 'summary', summary)
+    def evaluate(*args, real=train.evaluate):
+        figures, routing = real(*args)
+        return figures | {key: values.pop(0) for key, values in scripted.items()}, routing
+    monkeypatch.setattr(train, 'evaluate', evaluate)
     out = run_home / f'best-{segment_len}'
     flags = [*TINY, f'--segment_len={segment_len}', '--eval_interval=1']
     for latest in (3, 4):
@@ -1188,6 +1188,7 @@ def test_two_ranks_equal_one(run_home):
     ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'), ('--init_from=resum', 'resum'),
     ('--init_from=resume', 'ckpt.pt'), ('--dataset=builtin --n_head=5', 'n_head'),
     ('--init_from=whole/ckpt.pt --n_layer=3', 'n_layer'),
+    ('--init_from=whole/ckpt.pt --preset=0.3b', 'ffn_hidden.*preset'),
     ('--init_from=whole/ckpt.pt --n_experts=2', 'n_experts')])
 def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, word):
     monkeypatch.setattr(prepare, 'main', None)
@@ -1196,15 +1197,27 @@ def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, 
     assert not (run_home / 'refused').exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(run_home, monkeypatch):
+class Steep(LoryFFN):
+    """Its loss is 0, the gradient of that is not a number."""
+    def forward(self, x, cache=None):
+        y, e = super().forward(x, cache)
+        self.aux_loss = (0 * y.sum()).sqrt()
+        return y, e
+
+
+def test_a_run_that_is_not_finite_stops_before_it_saves(run_home, monkeypatch):
+    """In its loss, in its gradient, in validation."""
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     model.embed.weight.data.fill_(math.inf)
     save_checkpoint(run_home / 'wild.pt', model, tokenizer=ckpt['tokenizer'])
-    with refused('the loss of step 1 is not finite'):
-        run_script(train, run_home, *TINY, '--init_from=wild.pt', '--out_dir=wild')
-    monkeypatch.setattr(train, 'summary', lambda *a, real=train.summary: real(*a) | dict(bpb_cpp=math.nan))
-    with refused('the loss of step 1 is not finite'):  # in validation
-        run_script(train, run_home, *TINY, '--max_iters=1', '--out_dir=wild')
+    wild = partial(run_script, train, run_home, *TINY, '--max_iters=1', '--out_dir=wild')
+    with refused('step 1 is not finite'):
+        wild('--init_from=wild.pt')
+    with refused('step 1 is not finite'), at_call('get_batch', 1, ctrl_c):
+        wild(build=partial(Lory, ffn=Steep))
+    monkeypatch.setattr(train, 'evaluate', lambda *args: (dict(val_bpb=math.nan), None))
+    with refused('step 1 is not finite'):
+        wild()
     assert os.listdir(run_home / 'wild') == ['log.csv']
 
 

@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -33,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -114,7 +113,6 @@ def main(argv=None, build=Lory):
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
     token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer), device=device)  # (V,)
-    decode = prepare.load_tokenizer(data.tokenizer).decode
 
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
@@ -125,8 +123,8 @@ def main(argv=None, build=Lory):
         check_fit(saved, args, data)
         with implicit_replication():  # with --shard each rank takes its share
             model.fill(saved['model'], saved['layer'])  # a dense checkpoint fills every expert
-    equal = saved is None or saved['config']['n_experts'] == 1
-    tied_until = int(args.dense_warmup * args.max_iters) if equal and config.n_experts > 1 else 0
+    equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
+    tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     step, losses, rows = 0, [], []  # these, model, optimizer, scaler and tied_until: a run's whole state
     if args.init_from == 'resume':
@@ -137,7 +135,6 @@ def main(argv=None, build=Lory):
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} with learning rate {lr:.2e} (it was planned to be {planned:.2e})')
     saved = None  # free its memory
-    prompt = to_xy([data.val.tokens[:min(64, args.block_size) + 1]], device)[0]  # (1, 64 or less)
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -149,7 +146,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = [], 0  # seconds of each step of this process; of the last validation and save
-    asked, handlers = catch_signals()
+    signals, handlers = catch_signals()
     stop = False
 
     while step < args.max_iters and not stop:
@@ -179,8 +176,8 @@ def main(argv=None, build=Lory):
         if step < tied_until:
             model.tie_experts()
         step += 1
-        loss, norm, stop = over_ranks(total, norm, len(asked), world)
-        check_finite(step, [loss])
+        loss, norm, stop = over_ranks(total, norm, len(signals), world)
+        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips a wild norm
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -200,34 +197,30 @@ def main(argv=None, build=Lory):
         paused = time.perf_counter()
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
-            with evaluating(model):
-                sums, routing, used = evaluate(model, windows, token_bytes, micro, autocast)
-                greedy = model.generate(prompt, 40, temperature=0)  # (1, 40)
-            rows.append(summary(step, sums, used if step > tied_until else None, windows))
-            before, after = decode(prompt[0, -12:].tolist()), decode(greedy[0].tolist())
-            say(f'step {step:6d} | {validation_line(rows[-1], windows)}')
-            say(f'step {step:6d} | goes on | {before!r} + {after!r}')
-            check_finite(step, [rows[-1][f'bpb_{name}'] for name in windows])
+            figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
+            check_finite(step, figures['val_bpb'])
+            rows.append(dict(step=step, **figures))
+            say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
                 plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
 
         # --- save ---
         if validate or stop:
-            weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                       optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'],
+                       optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'],
                        tokenizer=data.tokenizer)
             if rank == 0:
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate and last_is_best(rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
-                # Last, since a run that dies before it goes on from the old one and writes the others again.
+                # Written last: after a crash the run resumes from the old one and writes all others again.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pause = time.perf_counter() - paused
 
     for which, handler in handlers.items():
         signal.signal(which, handler)
-    if world > 1:
+    if dist.is_initialized():
         running = optimizer = None  # a wrapper that outlives its process group may abort at exit
         gc.collect()
         dist.destroy_process_group()
@@ -248,28 +241,32 @@ FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'de
 def read_settings(argv):
     """-> the flags, and the checkpoint that the run starts from or None. Its settings are the defaults, so
     only changes need flags."""
-    parser, saved, defaults, fixed = flags(), None, {}, set()
+    parser, saved, defaults, fixed = flags(), None, {}, {}
     args = parser.parse_args(argv)
     if not args.out_dir:
         raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
-    latest, several = f'{args.out_dir}/ckpt.pt', 'RANK' in os.environ  # ranks share one mapped file
+    latest = f'{args.out_dir}/ckpt.pt'
     if args.init_from == 'resume':
-        saved = read_checkpoint(latest, mmap=several)
+        saved = read_checkpoint(latest)
         if 'args' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
-        defaults, fixed = saved['args'] | dict(out_dir=args.out_dir), FIXED
+        defaults = saved['args'] | dict(out_dir=args.out_dir)
+        fixed = {name: defaults[name] for name in FIXED & defaults.keys()}  # an older run may lack a flag
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
-        saved = read_checkpoint(args.init_from, mmap=several)
-        defaults = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
-        fixed = SHAPE if saved['config']['n_experts'] == 1 else {*SHAPE, 'n_experts'}  # one fills any number
+        saved = read_checkpoint(args.init_from)
+        config = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
+        dense = config['n_experts'] == 1  # one expert fills any number
+        fixed = {name: config[name] for name in (SHAPE if dense else {*SHAPE, 'n_experts'})}
+        defaults = config | PRESETS[args.preset]
     parser.set_defaults(**PRESETS[args.preset] | defaults)
     args = parser.parse_args(argv)
-    for name in sorted(fixed & defaults.keys()):  # an older checkpoint may lack a newer flag
-        if getattr(args, name) != defaults[name]:
-            raise UserError(f'{name}={defaults[name]} of the checkpoint cannot change: leave --{name} out.')
-    if args.shard and (not several or args.dtype == 'float16'):
+    for name, value in sorted(fixed.items()):
+        if getattr(args, name) != value:
+            raise UserError(f'{name}={value} of the checkpoint cannot change: leave --{name} out, or the '
+                            '--preset that sets it.')
+    if args.shard and ('RANK' not in os.environ or args.dtype == 'float16'):
         raise UserError('shard=True needs torchrun, and not dtype=float16: or say --shard=False.')
     return args, saved
 
@@ -289,7 +286,7 @@ def pick_device(args):
         elif device == 'cpu':
             fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
-    # On CUDA, TF32 for what autocast leaves in float32. float32 asked for means float32.
+    # On CUDA, TF32 for what autocast leaves in float32, unless dtype=float32 was asked for.
     torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
@@ -352,27 +349,18 @@ def wrap(model, args, device, world):
             part.compile()
     if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
         mesh = init_device_mesh(device.split(':')[0], (world,))
-        for part in (*model.blocks, model):
-            fully_shard(part, mesh=mesh, shard_placement_fn=partial(split_dimension, world=world))
+        if model.config.n_embd % world or model.config.ffn_hidden % world:
+            raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
+        for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
+            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() == 3 else 0))
         model.to_empty(device=device)
         with implicit_replication():  # each rank keeps its share of what is drawn
             model.init_weights(args.seed)
-        for name in ('prefill', 'decode'):  # so that they gather parameters too
-            register_fsdp_forward_method(model, name)
         return model
     model.to(device)
     if world == 1:
         return model
     return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
-
-
-def split_dimension(p, world):
-    """The last dimension that the ranks divide evenly, but never that of experts: tie_gradients then needs no
-    communication. Vectors that they do not divide are split unevenly."""
-    even = [d for d, n in enumerate(p.shape) if n % world == 0 and not (p.dim() == 3 and d == 0)]
-    if not even and p.dim() == 3:
-        raise UserError(f'{world} ranks divide neither n_embd nor ffn_hidden: say --shard=False.')
-    return Shard(even[-1] if even else 0)
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, under the model's names
@@ -403,33 +391,33 @@ def learning_rate(step, args):
 def catch_signals():
     """-> a list that grows when Ctrl-C or SIGTERM asks the run to end, and the handlers to put back. A second
     signal kills the process."""
-    asked = []
+    signals = []
 
-    def ask(which, frame):
-        asked.append(which)
+    def note(which, frame):
+        signals.append(which)
         signal.signal(which, signal.SIG_DFL)
-    return asked, {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
+    return signals, {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
 
 
-def over_ranks(loss, norm, asked, world):
-    """-> mean loss, gradient norm, was a rank asked to stop? This waits for the device, once."""
+def over_ranks(loss, norm, n_signals, world):
+    """-> mean loss, gradient norm, was any rank asked to stop? This waits for the device, once."""
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    totals = torch.stack([loss, norm, torch.full_like(loss, asked)])  # (3,)
+    totals = torch.stack([loss, norm, torch.full_like(loss, n_signals)])  # (3,)
     if world > 1:
         dist.all_reduce(totals)
-    loss, norm, asked = (totals / world).tolist()
-    return loss, norm, asked > 0
+    loss, norm, n_signals = (totals / world).tolist()
+    return loss, norm, n_signals > 0
 
 
-def check_finite(step, figures):
-    if not all(math.isfinite(figure) for figure in figures):
-        raise UserError(f'the loss of step {step} is not finite, and nothing was saved since the last '
+def check_finite(step, loss):
+    if not math.isfinite(loss):
+        raise UserError(f'loss or gradient of step {step} is not finite, and nothing was saved since the last '
                         'checkpoint: use a lower --learning_rate, or try --init_from=resume.')
 
 
 def time_left(step, seconds, pause, args):
-    """The forecast: what steps and validations, with a save each, that are still to come will take."""
-    validations = math.ceil(args.max_iters / args.eval_interval) - step // args.eval_interval
+    """Estimated from the steps and validations still to come; each validation saves, too."""
+    validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
     return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
 
@@ -460,27 +448,21 @@ def validation_windows(split, domains, L, limit=0):
     return windows
 
 
-@contextmanager
-def evaluating(model):
-    model.eval()
-    with torch.compiler.set_stance('force_eager'):  # shapes vary, and each would be compiled
-        yield
-    model.train()
-
-
 @torch.no_grad()
-def evaluate(model, windows, token_bytes, micro, autocast):
+@torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
+def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank does all of it, so it needs no communication.
-    -> sums (n_domains, 2, 3) of nats, tokens and bytes, [:, 0] over all positions, [:, 1] after segment 1;
-    routing (n_domains, n_layer, E), mean weights of the segments after the first, if any (Sec. 5.4);
-    used (n_layer, E), bool, experts with a weight above 2/E in any of these segments (App. G.1, which
-    counts over the segments of 10 training steps)"""
+    -> figures for log.csv, a dict: bits per byte and perplexity over all positions, and after segment 1
+    ("later"); unless tied, experts in use, the share with a weight above 2/E in any segment after the
+    first (App. G.1, which counts over 10 training steps)
+    -> routing (n_domains, n_layer, E), mean weights of these segments (Sec. 5.4)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     exact = torch.float32 if device.type == 'mps' else torch.float64
-    sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)
+    sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)  # of nats, tokens, bytes
     routing = torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
+    model.eval()
     for d, chosen in enumerate(windows.values()):
         for i in range(0, len(chosen), micro):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
@@ -494,31 +476,26 @@ def evaluate(model, windows, token_bytes, micro, autocast):
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
             routing[d] += e.mean(2).sum(0) / len(chosen)
             used += (e > 2 / E).sum((0, 2))
-    return sums.cpu(), routing.cpu(), used.cpu() > 0
+    model.train()
+    nats, tokens, size = sums.cpu().unbind(-1)  # (n_domains, 2) each
+    bpb, ppl = nats / size / math.log(2), (nats / tokens).exp()
+    figures = dict(val_bpb=bpb[:, 0].mean().item(), later_bpb=bpb[:, 1].nanmean().item())
+    for d, name in enumerate(windows):
+        figures |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
+                    f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
+    if E > 2 and not tied:  # with two experts no weight can exceed 2/E
+        figures['experts'] = (used > 0).float().mean().item()
+    return figures, routing.cpu()
 
 
-def summary(step, sums, used, names):
-    """A row of log.csv: bits per byte and perplexity, of all positions and after segment 1; and the share of
-    experts in use, unless `used` is None."""
-    bpb = sums[..., 0] / sums[..., 2] / math.log(2)  # (n_domains, 2)
-    ppl = (sums[..., 0] / sums[..., 1]).exp()  # (n_domains, 2)
-    row = dict(step=step, val_bpb=bpb[:, 0].nanmean().item(), later_bpb=bpb[:, 1].nanmean().item())
-    for d, name in enumerate(names):
-        row |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
-                f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
-    if used is not None and used.shape[1] > 2:  # with two experts no weight can exceed 2/E
-        row['experts'] = used.float().mean().item()
-    return row
-
-
-def validation_line(row, names):
-    """A validation's row of log.csv as the log shows it."""
-    parts = [f'validation {row["val_bpb"]:.4f} bits per byte']
-    if math.isfinite(row['later_bpb']):
-        parts[0] += f', {row["later_bpb"]:.4f} after segment 1'
-    if 'experts' in row:
-        parts.append(f'experts in use {100 * row["experts"]:.0f}%')
-    return ' | '.join([*parts, ', '.join(f'{name} {row[f"bpb_{name}"]:.3f}' for name in names)])
+def validation_line(figures, names):
+    """What `evaluate` found, as the log shows it."""
+    line = f'validation {figures["val_bpb"]:.4f} bits per byte'
+    if math.isfinite(figures['later_bpb']):
+        line += f', {figures["later_bpb"]:.4f} after segment 1'
+    if 'experts' in figures:
+        line += f' | experts in use {100 * figures["experts"]:.0f}%'
+    return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in names)
 
 
 def last_is_best(rows):

@@ -187,7 +187,7 @@ def train_and_measure(part, config, folder):
         return model, running, model.optimizer(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 
     def resume():
-        saved = read_checkpoint(f'{folder}/{FILE}', mmap=True)
+        saved = read_checkpoint(f'{folder}/{FILE}')
         with implicit_replication():
             model.fill(saved['model'], saved['layer'])
         train.load_optimizer(model, optimizer, saved['optimizer'])

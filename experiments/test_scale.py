@@ -77,7 +77,7 @@ def rank_of_two(rank, folder):
             weights, averages = get_state_dict(whole, optimizer, options=train.WHOLE)
             save_checkpoint(name, whole, weights, optimizer=averages)
         dist.barrier()
-        saved = read_checkpoint(name, mmap=True)
+        saved = read_checkpoint(name)
         with implicit_replication():
             model.fill(saved['model'], saved['layer'])
         sharded = model.optimizer(**ADAM)
