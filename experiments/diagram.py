@@ -39,6 +39,7 @@ def segment(ax, k):
     for up in (mix - 1.6, tokens):
         arrow(ax, (up, 3.1), (up, 3.9))
     arrow(ax, (tokens, 5.1), (tokens, 11.4), linestyle=':')
+    ax.text(tokens - 0.2, 8.3, 'tokens', ha='right', va='center', fontsize=8.5, color='0.4')
 
     left = mix - 0.4
     for share, color in zip(WEIGHTS[k], COLORS):
@@ -62,8 +63,8 @@ def segment(ax, k):
 
 def main():
     make_parser(__doc__).parse_args()
-    fig, ax = plt.subplots(figsize=(11, 5.2), layout='constrained')
-    ax.set(xlim=(0, LEFT + 4 * STEP), ylim=(-0.8, 17.2))
+    fig, ax = plt.subplots(figsize=(9.8, 4.9), layout='constrained')
+    ax.set(xlim=(0, LEFT + 4 * STEP), ylim=(-1.1, 17.2))
     ax.axis('off')
     right = LEFT + 4 * STEP - 1
     box(ax, LEFT, 3.9, right - LEFT, 1.2, 'attention to all earlier tokens, and norm: the hidden states that '
@@ -74,14 +75,14 @@ def main():
         box(ax, 0.1, 14.7 - 1.1 * i, 3, 0.85, f'expert $\\theta_{i + 1}$', color)
         ax.plot([3.1, 3.4], [15.1 - 1.1 * i] * 2, color='0.55', lw=1.4)
     ax.plot([3.4, 3.4, 3.4, LEFT + 3 * STEP + 3.8], [11.8, 15.1, 15.2, 15.2], color='0.55', lw=1.4)
-    ax.text(3.6, 15.4, 'all experts, into every mix', fontsize=8.5, color='0.4')
+    ax.text(3.6, 15.4, 'all, into every mix', fontsize=8.5, color='0.4')
     ax.text(right, 16.4, 'to the next block (n_layer in all)', ha='right', fontsize=9)
     box(ax, 0.1, 9.2, 3, 1.6, 'learned\nprior', '#dfe8f2')
     arrow(ax, (3.2, 10), (LEFT + 2.1, 10), LAG)
     ax.text(LEFT + 3.6, 6.85, 'routes the\nnext one', va='center', fontsize=8.5, color=LAG)
     ax.text(LEFT + 2 * STEP + 2.5, 12.5, 'prose, but still\nrouted by code', va='center', ha='right',
             fontsize=8.5, color=LAG)
-    ax.text(right, -0.6, 'the weights are made up', ha='right', fontsize=7.5, color='0.5')
+    ax.text(right, -1, 'the weights are made up', ha='right', fontsize=7.5, color='0.5')
     with atomic_open(f'{ROOT}/assets/lory.png') as f:
         fig.savefig(f, format='png', dpi=110)
 

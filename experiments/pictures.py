@@ -111,9 +111,9 @@ def parting(data, tied=60, steps=200):
     save(fig, 'parting')
 
 
-def text(data, model, layer, segments=12):
-    """The end of one domain of the held-out text and the beginning of the next, in lines of 120
-    characters, on the colour of the expert that its segment weighs most in `layer`."""
+def text(data, model, layer, segments=8, width=88):
+    """The end of one domain of the held-out text and the beginning of the next, on the colour of the expert
+    that its segment weighs most in `layer`. The darker the colour, the larger that weight."""
     T, E = model.config.segment_len, model.config.n_experts
     tokenizer = prepare.load_tokenizer(data.tokenizer)
     border = data.val.start[np.flatnonzero(np.diff(data.val.domain))[0] + 1]
@@ -123,16 +123,16 @@ def text(data, model, layer, segments=12):
     colors, rows = plt.get_cmap('Set2').colors, []
     for k in range(segments):
         written = tokenizer.decode(tokens[k * T:(k + 1) * T].tolist()).replace('\n', ' ⏎ ')
-        rows += [(k, written[i:i + 120]) for i in range(0, len(written), 120)]
-    fig, ax = plt.subplots(figsize=(9.5, 0.2 * len(rows) + 0.6), layout='constrained')
+        rows += [(k, written[i:i + width]) for i in range(0, len(written), width)]
+    fig, ax = plt.subplots(figsize=(8.4, 0.2 * len(rows) + 0.3), layout='constrained')
     for y, (k, line) in enumerate(rows):
         best = e[k].argmax().item()
         ax.axhspan(y - 0.5, y + 0.5, color=colors[best % 8], alpha=0.3 + 0.7 * e[k, best].item(), lw=0)
-        ax.text(0.005, y, line, family='monospace', fontsize=7.5, va='center',
+        ax.text(0.005, y, line, family='monospace', fontsize=9, va='center',
                 transform=ax.get_yaxis_transform())
         if not y or rows[y - 1][0] != k:
             label = f'segment {k + 1}: expert {best + 1}, {100 * e[k, best]:.0f}%'
-            ax.text(-0.01, y, label, fontsize=7.5, va='center', ha='right',
+            ax.text(-0.01, y, label, fontsize=9, va='center', ha='right',
                     transform=ax.get_yaxis_transform())
             ax.axhline(y - 0.5, color='0.3', lw=0.6)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xticks=[], yticks=[])
