@@ -129,11 +129,7 @@ def read(path, group, seed):
     """Every second line of a run's log and all its validations, a row for each step, to five digits."""
     with open(f'data/{dataset_of(group)}/meta.json', encoding='utf-8') as f:
         data = json.load(f)['sha256']['train.bin'][:12]
-    git = ['git', '-C', ROOT]  # a result file that grew does not make the code another
-    commit = subprocess.run([*git, 'describe', '--always'], capture_output=True, text=True).stdout.strip()
-    if subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', '*.py']).returncode:
-        commit += '-dirty'
-    made = dict(group=group, seed=seed, dtype='float32', commit=commit, data=data)
+    made = dict(group=group, seed=seed, dtype='float32', commit=commit(), data=data)
     rows = {}
     with open(path, newline='', encoding='utf-8') as f:
         for line in csv.DictReader(f):
@@ -144,6 +140,14 @@ def read(path, group, seed):
                     if kept and (value or name not in row):
                         row[name] = f'{float(value):.5g}' if value else ''
     return list(rows.values())
+
+
+def commit():
+    """The commit of the code that runs. A result file that grew does not make it another."""
+    git = ['git', '-C', ROOT]
+    name = subprocess.run([*git, 'describe', '--always'], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, 'diff', '--quiet', 'HEAD', '--', '*.py']).returncode
+    return name + '-dirty' if changed else name
 
 
 def dataset_of(group):

@@ -29,7 +29,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 
 import numpy as np
@@ -40,7 +39,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from claims import SEEDS
+from claims import SEEDS, commit
 from lory import (Lory, LoryConfig, LoryFFN, UserError, add_flag, atomic_open, make_parser,
                   read_checkpoint, run_script, swiglu)
 from token_moe import LAYERS
@@ -185,8 +184,6 @@ def main(argv=None):
             raise UserError(f'{args.result} was made of other questions or with another torch: remove it or '
                             'choose another --result.')
         results = before
-    commit = subprocess.run(['git', '-C', ROOT, 'describe', '--always', '--dirty'], capture_output=True,
-                            text=True).stdout.strip()
     paths = [f'runs/{group}-{seed}/ckpt.pt' for group in GROUPS for seed in SEEDS]
     for path in [path for path in paths if os.path.exists(path)] + args.checkpoint:
         if path in results['runs']:
@@ -199,7 +196,7 @@ def main(argv=None):
         seed = ckpt['args']['seed']
         results['runs'][path] = dict(
             group=os.path.dirname(path).removeprefix('runs/').removesuffix(f'-{seed}'), seed=seed,
-            commit=commit, accuracy=measure(ckpt, questions, token_bytes, data.meta['eot']))
+            commit=commit(), accuracy=measure(ckpt, questions, token_bytes, data.meta['eot']))
         with atomic_open(args.result, 'w') as f:
             json.dump(results, f, indent=1)
     report(results)
