@@ -133,7 +133,7 @@ def main(argv=None, build=Lory):
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
-        say(f'resumed   at step {step:,} of {args.max_iters:,}, learning rate {lr:.2e}, planned {planned:.2e}')
+        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
     saved = None  # free its memory
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
