@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -121,8 +121,9 @@ def main(argv=None, build=Lory):
     running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
-        with implicit_replication():  # with --shard each rank takes its share
-            model.fill(saved['model'], saved['layer'])  # a dense checkpoint fills every expert
+        params = dict(model.named_parameters(remove_duplicate=False))
+        weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
+        model.fill(weights, saved['layer'])  # a dense checkpoint fills every expert
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
@@ -134,7 +135,7 @@ def main(argv=None, build=Lory):
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
-    saved = None  # free its memory
+    saved = weights = None  # free their memory
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -352,7 +353,7 @@ def wrap(model, args, device, world):
         if model.config.n_embd % world or model.config.ffn_hidden % world:
             raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
         for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
-            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() == 3 else 0))
+            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
         model.to_empty(device=device)
         with implicit_replication():  # each rank keeps its share of what is drawn
             model.init_weights(args.seed)
@@ -366,16 +367,21 @@ def wrap(model, args, device, world):
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, under the model's names
 
 
+def share(p, whole):
+    """What this rank keeps of `whole`, a tensor with the dimensions of p: all of it, unless p is sharded."""
+    if isinstance(p, DTensor) and whole.dim() > 0:
+        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
+    return whole
+
+
 def load_optimizer(model, optimizer, state):
     """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
     the flags say."""
     params = dict(model.named_parameters())
-    with implicit_replication():  # with --shard each rank takes its share
-        for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
-            p = params[name]
-            for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
-                own = torch.zeros_like(p) if value.dim() else torch.zeros((), device=p.device)
-                optimizer.state[p][key] = own.copy_(value.to(p.device))
+    for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
+        p = params[name]
+        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
+            optimizer.state[p][key] = share(p, value).to(p.device, copy=True)
 
 
 def learning_rate(step, args):

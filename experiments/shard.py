@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_state_dict
-from torch.distributed.tensor.experimental import implicit_replication
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -188,8 +187,8 @@ def train_and_measure(part, config, folder):
 
     def resume():
         saved = read_checkpoint(f'{folder}/{FILE}')
-        with implicit_replication():
-            model.fill(saved['model'], saved['layer'])
+        params = dict(model.named_parameters(remove_duplicate=False))
+        model.fill({name: train.share(params[name], w) for name, w in saved['model'].items()})
         train.load_optimizer(model, optimizer, saved['optimizer'])
 
     def save():
