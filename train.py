@@ -121,9 +121,7 @@ def main(argv=None, build=Lory):
     running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
-        params = dict(model.named_parameters(remove_duplicate=False))
-        weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
-        model.fill(weights, saved['layer'])  # a dense checkpoint fills every expert
+        load_weights(model, saved)
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
@@ -135,7 +133,7 @@ def main(argv=None, build=Lory):
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
-    saved = weights = None  # free their memory
+    saved = None  # free its memory
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
     epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
@@ -372,6 +370,13 @@ def share(p, whole):
     if isinstance(p, DTensor) and whole.dim() > 0:
         return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
     return whole
+
+
+def load_weights(model, saved):
+    """Take the weights of a checkpoint. Those of a dense model fill every expert."""
+    params = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
+    model.fill(weights, saved['layer'])
 
 
 def load_optimizer(model, optimizer, state):

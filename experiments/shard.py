@@ -187,8 +187,7 @@ def train_and_measure(part, config, folder):
 
     def resume():
         saved = read_checkpoint(f'{folder}/{FILE}')
-        params = dict(model.named_parameters(remove_duplicate=False))
-        model.fill({name: train.share(params[name], w) for name, w in saved['model'].items()})
+        train.load_weights(model, saved)
         train.load_optimizer(model, optimizer, saved['optimizer'])
 
     def save():
