@@ -314,9 +314,10 @@ class Lory(nn.Module):
         of 1 and of 8 experts begin as the same function.
 
         The router must not begin at zero. While experts are equal, so are the gradients of their weights,
-        de_i = <dW, θ_i>. The softmax passes on differences only, so the router learns nothing. If e is
-        uniform too, experts get equal gradients dθ_i = Σ e_i dW, summed over segments, and stay equal for
-        ever. A random router gives them different e_i in each segment. They part, and then it learns too."""
+        de_i = <dW, θ_i>. The gradient of a softmax depends on their differences only, so the router learns
+        nothing. If e is uniform too, experts get equal gradients dθ_i = Σ e_i dW, summed over segments, and
+        stay equal for ever. A random router gives them different e_i in each segment. They part, and then it
+        learns too."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -329,7 +330,7 @@ class Lory(nn.Module):
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
-        (B, N, E); with caches (B, 1, E) for the prompt, and None for a token after it"""
+        (B, N, E); with caches (B, 1, E), for the prompt only"""
         x, routing, L = self.embed(idx), [], idx.shape[1]  # (B, L, D)
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
@@ -353,13 +354,6 @@ class Lory(nn.Module):
                 loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
         return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
 
-    def optimizer(self, lr, weight_decay, betas):
-        """AdamW (Sec. 4.1). Only matrices decay, not the norms and not the router's bias."""
-        params = list(self.parameters())
-        groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=weight_decay),
-                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
-
     # Dense warm-up (Sec. 4.1, G.3). At the start hidden states mean little, so a router has nothing to choose
     # by, and experts should part from something that works. The paper trains a dense model first, then copies
     # its FFN into every expert. Here the experts exist from the start. Equal experts with equal gradients
@@ -368,11 +362,12 @@ class Lory(nn.Module):
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, the router none
-        (only weight decay touches it, 4% in a default run).
+        (weight decay shrinks it by 4% in a default run).
 
-        With dW the gradient of the merged FFN, each expert gets dW / E. After warm-up it gets e_i dW, about
-        as much, so Adam's averages need no reset. A dense FFN would get dW. So the E experts together
-        have a gradient norm √E below a dense FFN's and clipping acts less, and Adam's epsilon acts more."""
+        With dW the gradient of the merged FFN, each expert gets dW / E where a dense FFN would get dW. So the
+        gradient norm of all experts is √E times smaller than a dense FFN's, clipping acts less, and Adam's
+        epsilon more. After warm-up an expert gets e_i dW, about as much as before, so Adam's averages need
+        no reset."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
@@ -386,34 +381,6 @@ class Lory(nn.Module):
         for p in self.parameters():
             if p.dim() == 3:
                 p.copy_(p[:1].clone())
-
-    @torch.no_grad()
-    def fill(self, state, ffn_name=None):
-        """Take the weights of a state dict. Those of a dense model fill every expert, and the router stays as
-        it is. UserError if they do not fit, or come from another class of FFN than this model's."""
-        if ffn_name not in (None, self.ffn_name):
-            raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
-        for name, p in self.named_parameters():
-            if name in state or '.router.' not in name:
-                try:
-                    p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
-                except (KeyError, RuntimeError) as error:
-                    raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
-                                    'model the n_experts and sizes of these weights.') from error
-
-    def num_params(self, active=False):
-        """Parameters, or only the active ones: one expert of each layer, and no router."""
-        if not active:
-            return sum(p.numel() for p in self.parameters())
-        bare = [p for name, p in self.named_parameters() if '.router.' not in name]
-        return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
-
-    def flops_per_token(self, L):
-        """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
-        recomputation are not counted, so their time lowers mfu."""
-        lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
-        attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
-        return 6 * (self.num_params(active=True) - lookup + attention)
 
     # Generation, with one Cache per layer.
 
@@ -466,10 +433,47 @@ class Lory(nn.Module):
         dense.fill(state)
         return dense
 
+    # What a training loop needs beside.
+
+    def optimizer(self, lr, weight_decay, betas):
+        """AdamW (Sec. 4.1). Only matrices decay, not the norms and not the router's bias."""
+        params = list(self.parameters())
+        groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=weight_decay),
+                  dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def fill(self, state, ffn_name=None):
+        """Take the weights of a state dict. Those of a dense model fill every expert, and the router stays as
+        it is. UserError if they do not fit, or come from another class of FFN than this model's."""
+        if ffn_name not in (None, self.ffn_name):
+            raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
+        for name, p in self.named_parameters():
+            if name in state or '.router.' not in name:
+                try:
+                    p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
+                except (KeyError, RuntimeError) as error:
+                    raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
+                                    'model the n_experts and sizes of these weights.') from error
+
+    def num_params(self, active=False):
+        """Parameters, or only the active ones: one expert of each layer, and no router."""
+        if not active:
+            return sum(p.numel() for p in self.parameters())
+        bare = [p for name, p in self.named_parameters() if '.router.' not in name]
+        return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
+
+    def flops_per_token(self, L):
+        """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
+        recomputation are not counted, so their time lowers mfu."""
+        lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
+        attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
+        return 6 * (self.num_params(active=True) - lookup + attention)
+
 
 def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
-    if temperature < 1e-30:  # 0 is greedy, and float32 cannot divide by less
+    if temperature < 1e-30:  # 0 is greedy, and so is what float32 would round to 0
         return logits.argmax(-1)
     logits = (logits - logits.max(-1, keepdim=True).values).float() / temperature
     p, token = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both, the likeliest first

@@ -216,7 +216,7 @@ def hold_out(docs, val_fraction):
     """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
 
     Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
-    Only where all sources of a domain are too large for that, the tail of one is held out."""
+    Only where these give less than half of that, the tail of a larger one is held out."""
     docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
     for doc in docs:
         domains[doc.domain][doc.source] += len(doc.text.encode())
@@ -322,7 +322,7 @@ def nearest(X, k):
 def chain(neighbours, rng):
     """The greedy walk: from a document to its most similar neighbour not yet used; when all are used, to a
     random unused document. Within a document a segment resembles the one that routes it anyway; the walk
-    makes it so across joints. n_docs lists, best first -> order (n_docs,), number of restarts"""
+    does the same where two documents meet. n_docs lists, best first -> order (n_docs,), number of restarts"""
     order, used, restarts = [], set(), -1  # the first start is no restart
     for start in rng.permutation(len(neighbours)).tolist():
         here = start

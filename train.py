@@ -91,7 +91,7 @@ def main(argv=None, build=Lory):
     # --- settings ---
     args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
-    args.ffn_hidden = config.ffn_hidden  # 0 meant this width
+    args.ffn_hidden = config.ffn_hidden  # in place of 0, the width that it stood for
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
@@ -125,7 +125,7 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # these, model, optimizer, scaler and tied_until: a run's whole state
+    step, losses, rows = 0, [], []  # a run carries these, model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -213,7 +213,7 @@ def main(argv=None, build=Lory):
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate and last_is_best(rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
-                # Written last: after a crash the run resumes from the old one and writes all others again.
+                # Written last: after a crash the run resumes from the old one, and repeats steps and files.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pause = time.perf_counter() - paused
 
@@ -335,59 +335,7 @@ def to_xy(windows, device):
     return xy[:, :-1], xy[:, 1:]
 
 
-# --- Model and optimiser, alone or among many ranks. ---
-
-def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. Only DDP returns another object. Checkpoints are taken
-    from the model itself, so that its names in them carry no prefix."""
-    if args.activation_checkpointing:
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if args.compile:
-        for part in model.blocks if args.shard else [model]:
-            part.compile()
-    if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
-        mesh = init_device_mesh(device.split(':')[0], (world,))
-        if model.config.n_embd % world or model.config.ffn_hidden % world:
-            raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
-        for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
-            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
-        model.to_empty(device=device)
-        with implicit_replication():  # each rank keeps its share of what is drawn
-            model.init_weights(args.seed)
-        return model
-    model.to(device)
-    if world == 1:
-        return model
-    return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
-
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, under the model's names
-
-
-def share(p, whole):
-    """What this rank keeps of `whole`, a tensor with the dimensions of p: all of it, unless p is sharded."""
-    if isinstance(p, DTensor) and whole.dim() > 0:
-        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
-    return whole
-
-
-def load_weights(model, saved):
-    """Take the weights of a checkpoint. Those of a dense model fill every expert."""
-    params = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
-    weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
-    model.fill(weights, saved['layer'])
-
-
-def load_optimizer(model, optimizer, state):
-    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
-    the flags say."""
-    params = dict(model.named_parameters())
-    for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
-        p = params[name]
-        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
-            optimizer.state[p][key] = share(p, value).to(p.device, copy=True)
-
+# --- A step. ---
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine from learning_rate to min_lr_ratio of it at max_iters (Sec. 4.1)."""
@@ -401,13 +349,15 @@ def learning_rate(step, args):
 
 def catch_signals():
     """-> a list that grows when Ctrl-C or SIGTERM asks the run to end, and the handlers to put back. A second
-    signal kills the process."""
-    signals = []
+    signal does what it did before."""
+    signals, handlers = [], {}
 
     def note(which, frame):
         signals.append(which)
-        signal.signal(which, signal.SIG_DFL)
-    return signals, {which: signal.signal(which, note) for which in (signal.SIGINT, signal.SIGTERM)}
+        signal.signal(which, handlers[which])
+    for which in (signal.SIGINT, signal.SIGTERM):
+        handlers[which] = signal.signal(which, note)
+    return signals, handlers
 
 
 def over_ranks(loss, norm, n_signals, world):
@@ -423,7 +373,7 @@ def over_ranks(loss, norm, n_signals, world):
 def check_finite(step, loss):
     if not math.isfinite(loss):
         raise UserError(f'loss or gradient of step {step} is not finite; nothing was saved since the last '
-                        'checkpoint: use a lower --learning_rate, or try --init_from=resume.')
+                        'checkpoint: go on with --init_from=resume and a lower --learning_rate.')
 
 
 def time_left(step, seconds, pause, args):
@@ -562,6 +512,60 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     for name, fig in figures.items():
         with atomic_open(f'{out_dir}/{name}') as f:
             fig.savefig(f, format='png', dpi=110)
+
+
+# --- Model and optimiser, alone or among many ranks. ---
+
+def wrap(model, args, device, world):
+    """-> the model as the loop runs it, on its device. Only DDP returns another object. Checkpoints are taken
+    from the model itself, so that its names in them carry no prefix."""
+    if args.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if args.compile:
+        for part in model.blocks if args.shard else [model]:
+            part.compile()
+    if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
+        mesh = init_device_mesh(device.split(':')[0], (world,))
+        if model.config.n_embd % world or model.config.ffn_hidden % world:
+            raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
+        for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
+            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
+        model.to_empty(device=device)
+        with implicit_replication():  # each rank keeps its share of what is drawn
+            model.init_weights(args.seed)
+        return model
+    model.to(device)
+    if world == 1:
+        return model
+    return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
+
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, under the model's names
+
+
+def share(p, whole):
+    """What this rank keeps of `whole`, a tensor with the dimensions of p: all of it, unless p is sharded."""
+    if isinstance(p, DTensor) and whole.dim() > 0:
+        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
+    return whole
+
+
+def load_weights(model, saved):
+    """Take the weights of a checkpoint. Those of a dense model fill every expert."""
+    params = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
+    model.fill(weights, saved['layer'])
+
+
+def load_optimizer(model, optimizer, state):
+    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
+    the flags say."""
+    params = dict(model.named_parameters())
+    for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
+        p = params[name]
+        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
+            optimizer.state[p][key] = share(p, value).to(p.device, copy=True)
 
 
 if __name__ == '__main__':

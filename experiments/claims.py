@@ -7,10 +7,10 @@ The paper's claims in miniature: the runs behind the README's tables, three seed
     python experiments/claims.py --train --table=runs-c0966a5.csv    the same from an older table
 
 A run is the default of its script (train.py but where SCRIPTS says otherwise) with its group's flags, in
-float32: half an hour of one core (half of that for groups called half), in runs/<group>-<seed>. One that was
-stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Each row names
-the commit and the data that made it. Everything is measured with first_segment=prior, strictly causal at
-every position, but where a group says otherwise.
+float32: some forty minutes of one core (half of that for groups called half), in runs/<group>-<seed>. One
+that was stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Each
+row names the commit and the data that made it. Everything is measured with first_segment=prior, strictly
+causal at every position, but where a group says otherwise.
 """
 import csv
 import json

@@ -45,9 +45,9 @@ def segment(ax, k):
     for share, color in zip(WEIGHTS[k], COLORS):
         ax.add_patch(plt.Rectangle((left, 9.6), 2.8 * share, 0.8, fc=color, ec='0.25', lw=0.8))
         left += 2.8 * share
-    ax.text(mix - 0.6, 10, f'$e_{k + 1}$', ha='right', va='center', fontsize=11)
+    ax.text(mix - 0.6, 10, f'$e({k + 1})$', ha='right', va='center', fontsize=11)
     arrow(ax, (mix + 1, 10.4), (mix + 1, 11.4))
-    box(ax, mix - 0.4, 11.5, 4.3, 2.1, f'merged FFN\n$\\Sigma_i\\; e_{{{k + 1},i}}\\, \\theta_i$',
+    box(ax, mix - 0.4, 11.5, 4.3, 2.1, f'merged FFN\n$\\Sigma_i\\; e({k + 1})_i\\, \\theta_i$',
         tuple(np.dot(WEIGHTS[k], [matplotlib.colors.to_rgb(color) for color in COLORS])))
     arrow(ax, (mix + 0.6, 15.2), (mix + 0.6, 13.7), '0.55')  # all experts come down into the mix
     arrow(ax, (tokens - 1.2, 13.6), (tokens - 1.2, 16.2))
@@ -78,7 +78,7 @@ def main():
     ax.text(3.6, 15.4, 'all, into every mix', fontsize=8.5, color='0.4')
     ax.text(right, 16.4, 'to the next block (n_layer in all)', ha='right', fontsize=9)
     box(ax, 0.1, 9.2, 3, 1.6, 'learned\nprior', '#dfe8f2')
-    arrow(ax, (3.2, 10), (LEFT + 2.1, 10), LAG)
+    arrow(ax, (3.2, 10), (LEFT + 1.3, 10), LAG)
     ax.text(LEFT + 3.6, 6.85, 'routes the\nnext one', va='center', fontsize=8.5, color=LAG)
     ax.text(LEFT + 2 * STEP + 2.5, 12.5, 'prose, but still\nrouted by code', va='center', ha='right',
             fontsize=8.5, color=LAG)

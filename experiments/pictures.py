@@ -48,7 +48,7 @@ def loss(data, runs):
         if ckpt['tied_until']:
             ax.axvline(ckpt['tied_until'], color='0.6', ls=':')
             ax.text(ckpt['tied_until'] + 60, 2.55, 'end of dense warm-up', fontsize=9)
-    ax.set(xlabel='step of 4,096 tokens', ylabel='bits per byte', ylim=(1.6, 2.6))
+    ax.set(title='seed 1337', xlabel='step of 4,096 tokens', ylabel='bits per byte', ylim=(1.6, 2.6))
     ax.legend(fontsize=9)
     save(fig, 'loss')
 

@@ -57,7 +57,7 @@ def test_forward_compiles_as_one_graph_once(n_experts):
 # --- Born sharded, and filled from a file. ---
 
 def rank_of_four(rank, folder):
-    """`rank` of a sharded model, from its first number to its file and back, with fewer experts than ranks."""
+    """A rank of a sharded model, from its first number to its file and back; fewer experts than ranks."""
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=4)
     for tied in (True, False):
         shape, name = config(tie_embeddings=tied, n_experts=3), f'{folder}/tied-{tied}.pt'
