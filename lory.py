@@ -391,8 +391,6 @@ class Lory(nn.Module):
         L = idx.shape[1]
         if not 1 <= L <= self.config.block_size:
             raise UserError(f'the prompt has {L} tokens: give it 1 to block_size={self.config.block_size}.')
-        if idx.device != self.embed.weight.device:
-            raise UserError(f'the prompt is on {idx.device}: move it to {self.embed.weight.device}.')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
                             "model's own tokenizer.")
