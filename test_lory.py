@@ -1051,6 +1051,18 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
     assert set(os.listdir(out)) == {'best.pt', 'ckpt.pt', 'log.csv'}
 
 
+def test_a_second_ctrl_c_ends_the_run_at_once(run_home):
+    with at_call('get_batch', 3, lambda: (ctrl_c(), ctrl_c())), pytest.raises(KeyboardInterrupt):
+        run_script(train, run_home, *TINY, '--out_dir=twice')
+    assert os.listdir(run_home / 'twice') == ['log.csv']
+
+
+def test_the_time_left_counts_steps_and_validations_still_to_come():
+    args = SimpleNamespace(max_iters=30, eval_interval=20)  # validations at 20 and 30, each of 5 s
+    left = [train.time_left(step, 2.0, 5.0, args).seconds for step in (1, 19, 20, 21, 30)]
+    assert left == [29 * 2 + 10, 11 * 2 + 10, 10 * 2 + 10, 9 * 2 + 5, 5]  # logged before the step's own
+
+
 def test_a_run_made_longer_is_not_tied_for_longer(run_home):
     """Stopped in dense warm-up and resumed with a larger max_iters, it is tied up to step 10 as planned."""
     flags = [*TINY, '--max_iters=20']

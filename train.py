@@ -372,8 +372,8 @@ def over_ranks(loss, norm, n_signals, world):
 
 def check_finite(step, loss):
     if not math.isfinite(loss):
-        raise UserError(f'loss or gradient of step {step} is not finite; nothing was saved since the last '
-                        'checkpoint: go on with --init_from=resume and a lower --learning_rate.')
+        raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
+                        '--learning_rate, with --init_from=resume if there is a checkpoint.')
 
 
 def time_left(step, seconds, pause, args):
