@@ -33,9 +33,9 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N in
-    e  routing weights (Eq. 3)     h  mean hidden state of a segment             training, B in generation
-                                   in, out  D and H, or H and D
+    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N, or
+    e  routing weights (Eq. 3)     W  merged weights (S, in, out)                B in generation
+    h  mean of a segment           in, out  D and H, or H and D
 
 Ours, not the paper's: that prior and the router bias that holds it, dense warm-up by tying gradients, tied
 embeddings by default (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop, and a
@@ -70,11 +70,11 @@ def option(default, help, choices=None):
 class LoryConfig:
     """Shape of the model. Raises UserError when the fields do not fit together."""
     vocab_size: int = 2048  # no flag: the tokenizer of the data decides
-    block_size: int = option(1024, 'L, tokens in a training sequence; generation attends to as many')
+    block_size: int = option(1024, 'L, tokens in a training sequence, and the most that a new one sees')
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
-    ffn_hidden: int = option(0, 'H, hidden width of an expert; 0: 8/3 of n_embd, up to a multiple of 32')
+    ffn_hidden: int = option(0, 'H, hidden width of an expert; 0: 8/3 of n_embd, rounded up to 32s')
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
     routing: str = option('causal', 'causal: each segment is routed by the one before it (Sec. 3.1); prefix: '
@@ -124,21 +124,23 @@ class LoryFFN(nn.Module):
         self.down = nn.Parameter(torch.empty(E, H, D))
         self.router = nn.Linear(D, E) if E > 1 else None
 
-    def routing_weights(self, h):
-        """softmax(router(h)), in the router's own dtype even under autocast. (..., D) -> (..., E)"""
+    def routing_weights(self, x):
+        """What a segment's mean says: softmax(router(h)), in the router's own dtype even under autocast.
+        (..., T, D) -> (..., E)"""
+        h = x.mean(-2)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h.to(self.router.weight.dtype)).softmax(-1)
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        own = self.routing_weights(x.mean(2))  # (B, N, E), what the mean of each segment says
+        own = self.routing_weights(x)  # (B, N, E), what each segment says
         if self.first_segment == 'prior':
             # Ours: the softmax of router(0), its bias, which depends on no token. The same learned bias
             # enters the routing of all later segments.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
-            # still sees the mean of tokens 2 to T: losses over segment 1 come out too good.
+            # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
             first = own[:, :1].detach()  # (B, 1, E)
         if self.routing == 'causal':
             later = own[:, :-1]  # (B, N - 1, E), segment k hears segment k-1
@@ -169,12 +171,12 @@ class LoryFFN(nn.Module):
 
     def forward_cached(self, x, cache):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and for
-        every token (B, 1, D) after it. In training a segment must not route itself. Here the prompt may, for
-        nothing is predicted inside it. `cache` keeps the merged FFN, see Cache.
+        every token (B, 1, D) after it. The prompt may route itself, because none of its tokens is predicted.
+        `cache` keeps the merged FFN, see Cache.
         -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
         e = None
         if cache.ffn is None:  # this is the prompt
-            e = self.routing_weights(x.mean(1, keepdim=True))  # (B, 1, E)
+            e = self.routing_weights(x)[:, None]  # (B, 1, E)
             cache.ffn = self.merged(e[:, 0])
         return swiglu(x, *cache.ffn), e
 
@@ -185,7 +187,7 @@ class MergedLinear(torch.autograd.Function):
     """y = x W with W = merge(e, θ), where W is recomputed in the backward pass.
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16.
-    Recomputing takes E/T of the matmul's multiply-adds (App. B). Chain rule of y = x W, W = Σ_i e_i θ_i:
+    Recomputing W adds E/T of the multiply-adds of x W (App. B). Chain rule of y = x W, W = Σ_i e_i θ_i:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -197,13 +199,13 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ rather than transpose W: torch.compile would recognise the product of the forward pass, and
-        # keep W in memory instead of computing it twice.
+        # This merges θᵀ. A W merged and then transposed, torch.compile would recognise from the forward pass
+        # and keep in memory instead of computing it twice.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
-        # In float32. The router learns from how de differs between experts, and just after warm-up the
-        # experts differ by less than bfloat16 resolves.
+        # In the dtype of θ, float32 in training. The router learns from how de differs between experts, and
+        # just after warm-up experts differ by less than bfloat16 resolves.
         de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
@@ -211,7 +213,8 @@ class MergedLinear(torch.autograd.Function):
 def lean_swiglu(x, e, gate, up, down):
     """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)
 
-    MergedLinear computes in the dtype of x. Autocast would convert in the forward pass only."""
+    MergedLinear computes in the dtype of x, both ways. So x is converted here: left to itself, autocast would
+    convert in the forward pass only."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     inner = F.silu(MergedLinear.apply(x, e, gate)) * MergedLinear.apply(x, e, up)  # (S, T, H)
@@ -222,7 +225,7 @@ def lean_swiglu(x, e, gate, up, down):
 
 def rotation(pos, hs):
     """Rotary position embedding (arXiv:2104.09864). At position pos, channel pair i turns by the angle
-    pos * 10000^(-2i/hs), so queries and keys feel positions through their distance only.
+    pos * 10000^(-2i/hs), so attention scores depend only on the distance between positions.
     pos (L,) -> cos and sin, (L, hs/2)"""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)  # (hs/2,)
     angle = pos[:, None] * freq  # (L, hs/2)
@@ -266,7 +269,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.remember(k, v)  # (B, nh, tokens so far, hs) both
-        # Several tokens are a whole text or a prompt, hence the mask. A single one may see all that is kept.
+        # L > 1: a text or a prompt, with the causal mask. L = 1: a new token, which sees all that is kept.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)  # (B, nh, L, hs)
         return self.proj(y.transpose(1, 2).reshape(B, L, D))
 
@@ -290,10 +293,11 @@ class Block(nn.Module):
 class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
-    An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing in training,
-    derive from LoryFFN and override `route`. In general MyFFN(config) makes a module that returns (output,
-    routing weights) when called with (x, cache). An `aux_loss` that it sets is added to the loss in training.
-    Lory.init_weights fills its parameters, and takes those of three dimensions for experts (E, in, out).
+    An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
+    LoryFFN and override `routing_weights`, or `route`, which training alone uses. In general MyFFN is any
+    module that is built from a config, is called with (x, cache) and returns (output, routing weights). An
+    `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
+    takes those of three dimensions for experts (E, in, out).
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -309,15 +313,14 @@ class Lory(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """GPT-2's: normal with std 0.02, less for what writes into the residual stream. Each parameter has a
-        random generator of its own, seeded by (seed, name), and all experts get the same numbers. So models
-        of 1 and of 8 experts begin as the same function.
+        """As GPT-2: normal with std 0.02, less for the matrices that write into the residual stream. Each
+        parameter has a random generator of its own, seeded by (seed, name), and all experts get the same
+        numbers. So models of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. While experts are equal, so are the gradients of their weights,
-        de_i = <dW, θ_i>. The gradient of a softmax depends on their differences only, so the router learns
-        nothing. If e is uniform too, experts get equal gradients dθ_i = Σ e_i dW, summed over segments, and
-        stay equal for ever. A random router gives them different e_i in each segment. They part, and then it
-        learns too."""
+        The router must not begin at zero. Equal experts teach it nothing: all de_i = <dW, θ_i> are equal, and
+        a softmax learns from their differences only. If the router is zero, all e_i are equal too. Then the
+        experts get equal gradients, and stay equal for ever. With a random router, expert i gets the sum of
+        e(k)_i dW(k) over segments k, which no other expert gets. The experts part, and the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -344,8 +347,9 @@ class Lory(nn.Module):
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
-        -> logits (B, L, V), mean loss in nats per token (None without targets; with a layer's aux_loss in
-        training), and if return_routing the routing weights (B, n_layer, N, E), detached"""
+        -> logits (B, L, V)
+        -> mean loss in nats per token, or None without targets; in training it includes any aux_loss
+        -> only if return_routing: routing weights (B, n_layer, N, E), detached"""
         x, e = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
@@ -361,16 +365,15 @@ class Lory(nn.Module):
     # next two methods in each step of warm-up. When the calls stop, experts part: the paper's upcycling.
 
     def tie_gradients(self):
-        """After backward, before clipping: each expert gets the mean of all their gradients, the router none
-        (weight decay shrinks it by 4% in a default run).
+        """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
+        gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        With dW the gradient of the merged FFN, each expert gets dW / E where a dense FFN would get dW. So the
-        gradient norm of all experts is √E times smaller than a dense FFN's, clipping acts less, and Adam's
-        epsilon more. After warm-up an expert gets e_i dW, about as much as before, so Adam's averages need
-        no reset."""
+        An expert gets dW / E where a dense FFN would get dW, the gradient of the merged FFN. Adam divides the
+        factor out, but for its epsilon. Clipping sees a norm that is √E times smaller. After warm-up an
+        expert gets e_i dW, about as much as before, so Adam's averages need no reset."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
-                p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: under DDP it is a view
+                p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
                 p.grad.zero_()  # it is 0 but for rounding, which Adam would amplify
 
@@ -406,7 +409,7 @@ class Lory(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continue prompts (B, L) of equal length; yields the next tokens (B,), max_new_tokens times.
         temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Beyond block_size a token attends to
-        the block_size last ones. Prompts of other lengths go one by one: padding would enter their means."""
+        the block_size last ones. Prompts of different lengths need a call each: padding would enter means."""
         logits, _, caches = self.prefill(idx)
         for i in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
@@ -431,7 +434,7 @@ class Lory(nn.Module):
         dense.fill(state)
         return dense
 
-    # What a training loop needs beside.
+    # For a training loop.
 
     def optimizer(self, lr, weight_decay, betas):
         """AdamW (Sec. 4.1). Only matrices decay, not the norms and not the router's bias."""
@@ -485,7 +488,8 @@ def draw(logits, temperature, top_k, top_p):
 # --- Flags, files and errors, shared by the scripts. ---
 
 def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
-    """--name=value, of its default's type; a number is in low <= value < below; --name alone means True."""
+    """Add --name=value to the parser. The value has the type of the default, a number must be in
+    low <= value < below, and a bool may stand alone, which means True."""
     kind = type(default)
 
     def parse(text):
@@ -498,8 +502,8 @@ def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
         return value
     parse.__name__ = kind.__name__  # as in argparse's "invalid int value"
     alone = dict(nargs='?', const=True) if kind is bool else {}
-    parser.add_argument(f'--{name}', default=default, type=parse, choices=choices,
-                        help=f'{help} (default: {default})', **alone)
+    shown = '' if default == '' else f' (default: {default})'
+    parser.add_argument(f'--{name}', default=default, type=parse, choices=choices, help=help + shown, **alone)
 
 
 def make_parser(doc):
@@ -517,7 +521,7 @@ def run_script(main):
         sys.exit(130)
     except UserError as error:
         sentence = str(error)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if 'allocate' not in str(error):
             raise
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
@@ -546,10 +550,12 @@ def atomic_open(path, mode='wb', **kw):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter in the midst of the former
-        reason = getattr(error.__context__ or error, 'strerror', error)
-        raise UserError(f'cannot write {path} ({reason}), and what was there is unchanged: free some space '
-                        'or choose another folder.') from error
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it in one
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f'cannot write {path} ({cause.strerror}), and what was there is unchanged: free some '
+                        'space or choose another folder.') from error
     finally:
         with suppress(OSError):  # it is there only if something failed
             os.remove(tmp)
@@ -559,7 +565,7 @@ FORMAT = 2  # of checkpoints
 
 
 def save_checkpoint(path, model, weights=None, **rest):
-    """Write a Lory and the plain values in `rest` to path, atomically. `weights` may bring its state dict."""
+    """Write a Lory and the plain values in `rest` to path, atomically. `weights` is its state dict."""
     weights = model.state_dict() if weights is None else weights
     config = asdict(model.config)
     with atomic_open(path) as f:
@@ -567,8 +573,8 @@ def save_checkpoint(path, model, weights=None, **rest):
 
 
 def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Several ranks
-    map the file in place of reading it all, and one rank of a machine verifies it."""
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Of several
+    ranks each maps the file instead of reading all of it, and one on each machine verifies it."""
     ckpt, rank = {}, os.environ.get('LOCAL_RANK')
     try:
         with zipfile.ZipFile(path) as archive:

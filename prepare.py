@@ -16,7 +16,8 @@ and exact search need no model and no GPU, and find the same order on every mach
     train.bin, val.bin            token ids, little-endian uint16 or uint32, documents after <|endoftext|>
     train_docs.npz, val_docs.npz  start int64 (n_docs + 1), offsets into the .bin; domain uint8 (n_docs)
     tokenizer.json                name, pattern, special_tokens, tokens (bytes in base64, in rank order)
-    meta.json                     format, vocab_size, domains, arguments, sizes, sha256 of each other file
+    meta.json                     format, vocab_size, eot, dtype, domains, arguments, seed, versions, sizes,
+                                  sha256 of each other file
 """
 import ast
 import base64
@@ -44,8 +45,8 @@ PIECE = 4096            # characters in a piece of the built-in corpus, at most
 TWIN = 0.8              # Jaccard similarity from which two documents are near-duplicates
 SHARD = 100_000         # documents chained together, at most
 MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
-MIN_VAL = 64            # bytes of a domain held out, at least; below four times that it is not measured
-HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # factors of a 9-gram's characters
+MIN_VAL = 64            # bytes of a domain held out, at least; none of a domain below four times that
+HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # for 9-grams
 LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
 DOMAINS = ['prose', 'repl', 'python', 'tests', 'cpp']  # of the built-in corpus
 Document = namedtuple('Document', 'text domain source')  # a source is a file, or a record of a .jsonl
@@ -69,11 +70,11 @@ def count_bytes(docs):
     return sum(len(doc.text.encode()) for doc in docs)
 
 
-# --- The built-in corpus, cut from files of the pinned libraries. They are not imported, nor passed on. ---
+# --- The built-in corpus, cut from files of the pinned libraries. They are read, not imported. ---
 
 def cut(text, breaks=(r'(?<=\n\n)(?=\S)', r'(?<=\n\n)', r'(?<=\n)', '')):
-    """Pieces of at most PIECE characters that join to `text`. Cuts at a blank line before unindented text
-    (in code, the end of a function), a longer block at any blank line, then any line, then anywhere."""
+    """Pieces of at most PIECE characters that join to `text`. Cuts at blank lines before unindented text (in
+    code, the end of a function). Blocks still too long are cut at blank lines, lines, then anywhere."""
     pieces = ['']
     for block in regex.split(breaks[0], text):
         for part in [block] if len(block) <= PIECE else cut(block, breaks[1:]):
@@ -110,7 +111,7 @@ def read_builtin(mb_per_domain):
         files += [file for file in metadata.files(library) or ()
                   if file.suffix in ('.py', '.h', '.hpp', '.cuh')
                   and '/ATen/ops/' not in str(file)]  # that folder is generated
-    # The same shuffle for everyone, and independent of the plain sha1, by which hold_out sorts.
+    # The same shuffle for everyone. hold_out sorts by the plain sha1, so this one has a salt.
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         try:
@@ -123,7 +124,7 @@ def read_builtin(mb_per_domain):
                 texts = split_python(source)
             else:  # parsing takes time
                 continue
-        except (OSError, SyntaxError, ValueError, RecursionError):  # not there, not text, not this Python's
+        except (OSError, SyntaxError, ValueError, RecursionError):  # missing, not UTF-8, or another syntax
             continue
         for domain, text in texts.items():
             pieces = [piece for piece in cut(regex.sub(r'\n\s*\n+', '\n\n', text)) if len(piece) >= 512]
@@ -151,7 +152,7 @@ def walk(path, seen):
 
 
 def read_jsonl(text, source, domain):
-    """One Document for each line of `text` that has one. UserError for a line that is no record."""
+    """One Document for each line of `text` that is not empty. UserError for a line that is no record."""
     docs = []
     for i, line in enumerate(text.split('\n'), 1):
         try:
@@ -167,8 +168,8 @@ def read_jsonl(text, source, domain):
 
 
 def read_inputs(paths):
-    """Documents from folders, text files and .jsonl files. A domain is what a record says, or a first-level
-    subfolder, or an input."""
+    """Documents from folders, text files and .jsonl files. A domain is the label of a record, else the
+    first-level subfolder, else the name of the input."""
     for path in paths:
         if not os.path.exists(path):
             raise UserError(f'--input {path!r} does not exist; check the path.')
@@ -181,7 +182,7 @@ def read_inputs(paths):
         inside = (name, *file.relative_to(path).parts)
         source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else name
         try:
-            text = file.read_text(encoding='utf-8-sig') if file.is_file() else ''  # a pipe would block
+            text = file.read_text(encoding='utf-8-sig') if file.is_file() else ''  # a pipe never ends
         except (OSError, UnicodeDecodeError):
             text = ''
         if not text.strip() or '\0' in text:
@@ -202,7 +203,7 @@ def read_inputs(paths):
 # --- What is held out, and which documents count as the same. ---
 
 def unique(docs):
-    """Of texts that are equal but for white space the first stays. -> Documents, [(dropped, twin), ...]"""
+    """Of texts that differ in white space only, the first stays. -> Documents, [(dropped, twin), ...]"""
     first, copies = {}, []
     for doc in docs:
         key = hashlib.sha1(' '.join(doc.text.split()).encode()).digest()
@@ -216,7 +217,7 @@ def hold_out(docs, val_fraction):
     """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
 
     Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
-    Only where these give less than half of that, the tail of a larger one is held out."""
+    If these give less than half of it, the end of a larger one is held out, too."""
     docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
     for doc in docs:
         domains[doc.domain][doc.source] += len(doc.text.encode())
@@ -234,7 +235,7 @@ def hold_out(docs, val_fraction):
             i = max(i for i, doc in enumerate(docs) if (doc.domain, doc.source) == (domain, large[0]))
             text, data = docs[i].text, docs[i].text.encode()
             at = len(data[:max(1, len(data) - int(room))].decode(errors='ignore'))
-            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # where a line begins, if soon
+            at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # the next line's start, if near
             tail = Document(text[at:], domain, f'end of {large[0]}')
             docs[i] = docs[i]._replace(text=text[:at])
             docs.append(tail)
@@ -263,9 +264,10 @@ def near_duplicates(val, train):
     stays. -> training Documents, [(dropped, twin), ...]
 
     The texts decide: Jaccard similarity of their 9-grams. MinHash proposes: the first hash after a fixed
-    point is the same in two sets as often as their similarity says. At similarity 0.8 two documents share
-    6.5 of 16 bands of four such hashes, at 0.2 none. A band remembers 16 documents and 16 are compared, so
-    time grows with their number only, however alike they are, and so does memory, by 3 KB for each."""
+    point is the same in two sets with a probability equal to their similarity. Of 16 bands of four such
+    hashes, two documents of similarity 0.8 share 6.5 on average, of similarity 0.2 hardly ever one. A band
+    remembers 16 documents, and 16 are compared. So however alike documents are, time grows with their number
+    only, and so does memory, by 3 KB for each."""
     docs, kept, twins, members = val + train, [], [], defaultdict(list)
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('near-duplicates', docs)):
@@ -293,7 +295,7 @@ def embed(texts):
     float64 holds their products and sums exactly, so every machine finds the same neighbours and ties."""
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
-    # A term in one document relates it to none. One in over 5% (and over 100) of them says too little.
+    # A term of one document relates it to none. A term of over 5% of them (and over 100) says too little.
     tfidf = TfidfVectorizer(analyzer=lambda text: [word.lower() for word in WORD.findall(text)],
                             sublinear_tf=True, min_df=2, max_df=max(100, len(texts) // 20))
     try:
@@ -305,8 +307,8 @@ def embed(texts):
 
 
 def nearest(X, k):
-    """For each document the others of highest cosine: at most k, best first, of equals the first, none of
-    cosine 0. Exact. -> n_docs lists"""
+    """For each document the k others of highest cosine, best first. Ties go to the lower number. Documents of
+    cosine 0 are left out. The search is exact. -> n_docs lists"""
     XT, lists, n_docs = X.T.tocsr(), [], X.shape[0]
     n_rows = max(1, 10_000_000 // max(1, n_docs))  # of a block, which takes 120 MB at most
     for start in track('neighbours', range(0, n_docs, n_rows)):
@@ -360,7 +362,7 @@ PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 def in_parts(text):
-    """tiktoken's regex engine overflows on a million blanks. At a cut, two tokens may not become one."""
+    """tiktoken's regex engine overflows on a million blanks. No token spans a cut."""
     return [text[a:a + 100_000] for a in range(0, len(text), 100_000)]
 
 
@@ -371,7 +373,7 @@ def count_words(texts, room):
     takes long, and more would hardly change which pairs are frequent. English has as many in some 50 MB."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
-        found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # endless: no use
+        found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # the rest is data
         new = [word.encode() for word in set(found) if word not in counts]
         counts.update(found)
         room -= sum(len(word) for word in new if len(word) > 16)
@@ -476,7 +478,7 @@ def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
     All files are finished elsewhere before the first takes its place. If a crash hits between two renames,
-    load_dataset sees the mixture by the checksums in meta.json."""
+    load_dataset refuses the mixture: the checksums in meta.json do not match."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}

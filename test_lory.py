@@ -35,7 +35,7 @@ from torch.testing import assert_close
 import prepare
 import sample
 import train
-from lory import (Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, draw, lean_swiglu,
+from lory import (Cache, Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, draw, lean_swiglu,
                   load_checkpoint, save_checkpoint, swiglu)
 from prepare import Document
 
@@ -1134,11 +1134,10 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
 
 
 class Nearer(LoryFFN):
-    """A routing of one's own: a segment hears the last token before it, not a mean. It has a loss, too."""
-    def route(self, x):
-        heard = torch.cat([0 * x[:, :1, 0], x[:, :-1, -1]], 1)  # (B, N, D)
-        self.aux_loss = heard.square().mean()
-        return self.router(heard).softmax(-1)
+    """A routing of one's own: the last token speaks for a segment, not the mean. It has a loss, too."""
+    def routing_weights(self, x):
+        self.aux_loss = x[..., -1, :].square().mean()
+        return super().routing_weights(x[..., -1:, :])
 
 
 def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
@@ -1152,6 +1151,7 @@ def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     assert_close(paid - plain, sum(block.ffn.aux_loss for block in model.blocks))
     ffn, x = model.blocks[0].ffn, torch.randn(2, 64, 32)
     assert_close(ffn(x)[1][:, 1], ffn.router(x[:, 15]).softmax(-1))
+    assert_close(ffn(x[:, :9], Cache(64))[1][:, 0], ffn.router(x[:, 8]).softmax(-1))  # in generation, too
     for script, argv in ((train, ['--init_from=resume', '--max_iters=40']), (sample, [])):
         with refused('Nearer'):
             run_script(script, run_home, *argv, out)

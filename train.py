@@ -42,8 +42,8 @@ import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, usable_device)
 
-# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. With --n_experts=8, 16 or 32
-# they are its 0.3B/8E and so on. ffn_hidden and untied embeddings follow from its parameter counts.
+# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. Its 0.3B/8E, for example, is
+# --preset=0.3b --n_experts=8. ffn_hidden and untied embeddings follow from its parameter counts.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {'': {},
@@ -63,23 +63,23 @@ def flags():
     flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps', low=1)
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
-    flag('min_lr_ratio', 0.1, 'its end, as a share of the peak', below=1)
+    flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
     flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1)', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
-    flag('weight_decay', 0.1, "AdamW's, on matrices")
-    flag('beta1', 0.9, "AdamW's", below=1)
-    flag('beta2', 0.95, "AdamW's", below=1)
+    flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
+    flag('beta1', 0.9, 'memory of AdamW for the gradient', below=1)
+    flag('beta2', 0.95, 'memory of AdamW for its square', below=1)
     flag('grad_clip', 1.0, 'gradient norm above which gradients are scaled down; 0: never')
     flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt', low=1)
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
     flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', low=1)
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
-    flag('dtype', 'auto', 'of the matmuls; auto: bfloat16 where the processor has it',
+    flag('dtype', 'auto', 'number type of the matmuls; auto: bfloat16 where the processor has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model')
     flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
-    flag('shard', False, 'split parameters, gradients and averages over the ranks (Sec. 4.1)')
-    flag('seed', 1337, 'of the weights and of the order of the data', below=2**32)
+    flag('shard', False, 'split parameters, gradients and optimiser state over the ranks (Sec. 4.1)')
+    flag('seed', 1337, 'random seed of the weights and of the order of the data', below=2**32)
     for f in MODEL_FIELDS:
         flag(f.name, f.default, f.metadata['help'], choices=f.metadata['choices'])
     return parser
@@ -91,12 +91,13 @@ def main(argv=None, build=Lory):
     # --- settings ---
     args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
-    args.ffn_hidden = config.ffn_hidden  # in place of 0, the width that it stood for
+    args.ffn_hidden = config.ffn_hidden  # the checkpoint stores the width, not 0
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
         # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
-        dist.init_process_group('nccl' if 'cuda' in device else 'gloo', timeout=timedelta(days=7))
+        gpu = torch.device(device) if 'cuda' in device else None
+        dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     micro, left_over = divmod(args.batch_size, world * args.gradient_accumulation_steps)
     if left_over:
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
@@ -117,7 +118,7 @@ def main(argv=None, build=Lory):
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
     with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
-        model = build(config, seed=args.seed)  # all experts begin equal: a dense model until they part
+        model = build(config, seed=args.seed)  # experts begin equal, so this is the dense model
     running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
@@ -125,7 +126,7 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # a run carries these, model, optimizer, scaler and tied_until
+    step, losses, rows = 0, [], []  # saved with model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -144,7 +145,7 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = [], 0  # seconds of each step of this process; of the last validation and save
+    times, pause = [], 0  # seconds of each step since the start, and of the last validation and save
     signals, handlers = catch_signals()
     stop = False
 
@@ -176,7 +177,7 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips a wild norm
+        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips such gradients
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -213,7 +214,7 @@ def main(argv=None, build=Lory):
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate and last_is_best(rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
-                # Written last: after a crash the run resumes from the old one, and repeats steps and files.
+                # Written last: after a crash the run resumes from the old one and makes the others again.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pause = time.perf_counter() - paused
 
@@ -238,35 +239,31 @@ FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'de
 
 
 def read_settings(argv):
-    """-> the flags, and the checkpoint that the run starts from or None. Its settings are the defaults, so
-    only changes need flags."""
-    parser, saved, defaults, fixed = flags(), None, {}, {}
+    """-> the flags, and the checkpoint that the run starts from or None. The checkpoint's settings become the
+    defaults, so only changes need flags."""
+    parser, saved, settled, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
         raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
     latest = f'{args.out_dir}/ckpt.pt'
     if args.init_from == 'resume':
-        saved = read_checkpoint(latest)
+        saved, fixed = read_checkpoint(latest), FIXED
         if 'args' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
-        defaults = saved['args'] | dict(out_dir=args.out_dir)
-        fixed = {name: defaults[name] for name in FIXED & defaults.keys()}  # an older run may lack a flag
+        settled = saved['args']
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
-        saved = read_checkpoint(args.init_from)
-        config = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
-        dense = config['n_experts'] == 1  # one expert fills any number
-        fixed = {name: config[name] for name in (SHAPE if dense else {*SHAPE, 'n_experts'})}
-        defaults = config | PRESETS[args.preset]
-    parser.set_defaults(**PRESETS[args.preset] | defaults)
+        saved, fixed = read_checkpoint(args.init_from), SHAPE
+        settled = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
+    parser.set_defaults(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir))
     args = parser.parse_args(argv)
-    for name, value in sorted(fixed.items()):
-        if getattr(args, name) != value:
-            raise UserError(f'{name}={value} of the checkpoint cannot change: leave --{name} out, or the '
-                            '--preset that sets it.')
+    for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
+        if getattr(args, name) != settled[name]:
+            raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave --{name} out, or '
+                            'the --preset that sets it.')
     if args.shard and ('RANK' not in os.environ or args.dtype == 'float16'):
-        raise UserError('shard=True needs torchrun, and not dtype=float16: or say --shard=False.')
+        raise UserError('--shard needs torchrun and a dtype other than float16: or say --shard=False.')
     return args, saved
 
 
@@ -285,7 +282,7 @@ def pick_device(args):
         elif device == 'cpu':
             fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
-    # On CUDA, TF32 for what autocast leaves in float32, unless dtype=float32 was asked for.
+    # What autocast leaves in float32 may use TF32 on CUDA, unless all matmuls are in float32.
     torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
@@ -349,7 +346,7 @@ def learning_rate(step, args):
 
 def catch_signals():
     """-> a list that grows when Ctrl-C or SIGTERM asks the run to end, and the handlers to put back. A second
-    signal does what it did before."""
+    signal does what it would without us."""
     signals, handlers = [], {}
 
     def note(which, frame):
@@ -361,7 +358,7 @@ def catch_signals():
 
 
 def over_ranks(loss, norm, n_signals, world):
-    """-> mean loss, gradient norm, was any rank asked to stop? This waits for the device, once."""
+    """-> mean loss, gradient norm, whether any rank was asked to stop. Waits for the device, once a step."""
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     totals = torch.stack([loss, norm, torch.full_like(loss, n_signals)])  # (3,)
     if world > 1:
@@ -399,8 +396,7 @@ def validation_windows(split, domains, L, limit=0):
     text is left out, and one shorter than a window is one short window."""
     windows = {}
     for d, name in enumerate(domains):
-        docs = np.flatnonzero(split.domain == d)  # contiguous: prepare.py writes domain by domain
-        lo, hi = (split.start[docs[0]], split.start[docs[-1] + 1]) if len(docs) else (0, 0)
+        lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]  # prepare.py writes domain by domain
         starts = range(lo, hi - L, L) or range(lo, hi - 1, L)
         if 0 < limit < len(starts):
             starts = [starts[i * len(starts) // limit] for i in range(limit)]
@@ -413,10 +409,10 @@ def validation_windows(split, domains, L, limit=0):
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank does all of it, so it needs no communication.
-    -> figures for log.csv, a dict: bits per byte and perplexity over all positions, and after segment 1
-    ("later"); unless tied, experts in use, the share with a weight above 2/E in any segment after the
-    first (App. G.1, which counts over 10 training steps)
-    -> routing (n_domains, n_layer, E), mean weights of these segments (Sec. 5.4)"""
+    -> figures, a row for log.csv: bits per byte and perplexity over all positions, and after segment 1
+       ("later"). Unless tied, also experts in use, the share with a weight above 2/E in any segment after the
+       first (App. G.1, which counts over 10 training steps).
+    -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     exact = torch.float32 if device.type == 'mps' else torch.float64
@@ -460,8 +456,8 @@ def validation_line(figures, names):
 
 
 def last_is_best(rows):
-    """Is the last validation the best? Judged by bits per byte after segment 1, because there even
-    first_segment=self does not see ahead; by all positions if no segment follows."""
+    """Is the last validation the best? Segment 1 does not count if others follow: with first_segment=self it
+    sees ahead."""
     val = [row for row in rows if 'val_bpb' in row]
     name = 'later_bpb' if math.isfinite(val[-1]['later_bpb']) else 'val_bpb'
     return val[-1][name] == min(row[name] for row in val)
@@ -479,7 +475,7 @@ def write_log(path, rows):
 
 def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
-    from matplotlib.figure import Figure  # here, for it takes a second that --help should not
+    from matplotlib.figure import Figure  # imported here, because it takes a second
     from matplotlib.font_manager import FontProperties, findfont, get_font
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
@@ -487,19 +483,21 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
 
     loss = Figure(figsize=(8, 4.5), layout='constrained')
-    ax, bits = loss.subplots(), math.log(2) * bytes_per_token  # a byte, from nats a token
-    ax.plot([r['step'] for r in train], [r['loss'] / bits for r in train], color='0.75', label='training')
+    ax, nats_per_bit = loss.subplots(), math.log(2) * bytes_per_token  # nats a token, bits a byte
+    bits = [r['loss'] / nats_per_bit for r in train]
+    ax.plot([r['step'] for r in train], bits, color='0.75', label='training')
     for name, label in zip(domains, labels):
         ax.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', lw=1, label=label)
     ax.plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k', lw=2, label='mean')
-    ax.axvline(tied_until, color='0.75', ls=':', label='end of dense warm-up' if tied_until else None)
+    if tied_until:
+        ax.axvline(tied_until, color='0.75', ls=':', label='end of dense warm-up')
     ax.set(xlabel='step', ylabel='bits per byte', title='training, and validation by domain',
            ylim=(None, 1.1 * max(val[0][f'bpb_{name}'] for name in domains)))
     ax.legend(fontsize=8)
     figures = {'loss.png': loss}
 
     n_layer, E = routing.shape[1:]
-    if E > 1 and rows[-1]['step'] > tied_until:  # before, the router is still as it was drawn
+    if E > 1 and rows[-1]['step'] > tied_until:  # before that the router has learned nothing
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
         figures['experts.png'], axes = fig, fig.subplots(1, n_layer, squeeze=False, sharey=True)
         for layer, ax in enumerate(axes[0]):
@@ -541,7 +539,7 @@ def wrap(model, args, device, world):
     return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, under the model's names
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
 
 
 def share(p, whole):
@@ -562,7 +560,7 @@ def load_optimizer(model, optimizer, state):
     """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
     the flags say."""
     params = dict(model.named_parameters())
-    for name, averages in state['state'].items():  # keeps the file's order, so the next file is the same
+    for name, averages in state['state'].items():  # in the file's order, which the next file keeps
         p = params[name]
         for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
             optimizer.state[p][key] = share(p, value).to(p.device, copy=True)

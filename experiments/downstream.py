@@ -55,7 +55,7 @@ class PromptFFN(LoryFFN):
     prompt = None
 
     def forward(self, x, cache=None):  # (B, L, D) -> (B, L, D), routing weights (B, 1, E)
-        e = self.routing_weights(x[:, :self.prompt].mean(1))  # (B, E)
+        e = self.routing_weights(x[:, :self.prompt])  # (B, E)
         return swiglu(x, *self.merged(e)), e[:, None]
 
 

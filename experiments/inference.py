@@ -60,7 +60,7 @@ def seconds(f, repeat):
 @torch.no_grad()
 def speed(dense, model, rounds=9, n=64):
     """Medians over alternating rounds, one sequence, after a prompt of 512 tokens."""
-    idx, mean = torch.randint(dense.config.vocab_size, (1, 512)), torch.randn(1, model.config.n_embd)
+    idx, x = torch.randint(dense.config.vocab_size, (1, 512)), torch.randn(1, 1, model.config.n_embd)
     models = dict(dense=dense, lory=model)
     times = {name: [] for name in models}
 
@@ -70,7 +70,7 @@ def speed(dense, model, rounds=9, n=64):
 
     def route_and_merge():
         for block in model.blocks:
-            block.ffn.merged(block.ffn.routing_weights(mean))
+            block.ffn.merged(block.ffn.routing_weights(x))
     for _ in range(rounds):
         for name in models:
             caches = models[name].prefill(idx)[2]

@@ -26,7 +26,7 @@ class ReroutedFFN(LoryFFN):
             cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
             return y, e
         if cache.pos % T == 0 and (self.routing == 'causal' or cache.pos == T):
-            cache.ffn = self.merged(self.routing_weights(cache.total / T))
+            cache.ffn = self.merged(self.routing_weights(cache.total[:, None] / T))  # of one token, the mean
             cache.total = 0
         cache.total = cache.total + x[:, 0]
         return super().forward_cached(x, cache)

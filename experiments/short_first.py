@@ -31,9 +31,9 @@ class ShortFirstFFN(LoryFFN):
         R = math.ceil((L - T1) / T)  # segments after the first
         first = x[:, :T1]  # (B, T1, D)
         later = F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
-        means = torch.cat([first.mean(1, keepdim=True), later[:, :-1].mean(2)], 1)  # (B, R, D)
         prior = self.router.bias.softmax(-1).expand(B, 1, -1)  # (B, 1, E)
-        e = torch.cat([prior, self.routing_weights(means)], 1)  # (B, 1 + R, E)
+        second = self.routing_weights(first)[:, None]  # (B, 1, E)
+        e = torch.cat([prior, second, self.routing_weights(later[:, :-1])], 1)  # (B, 1 + R, E)
         experts = self.gate, self.up, self.down
         y_first = lean_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
         y_later = lean_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)

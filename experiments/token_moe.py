@@ -42,7 +42,7 @@ class ExpertChoiceFFN(LoryFFN):
         """(B, L, D) -> output (B, L, D), mean share of each expert (B, 1, E)"""
         if self.router is None:
             return super().forward(x, cache)
-        share = self.routing_weights(x)  # (B, L, E)
+        share = self.routing_weights(x[:, :, None])  # (B, L, E), each token by itself
         y = self.experts_choose(x, share) if self.training else self.tokens_choose(x, share)
         return y, share.mean(1, keepdim=True)
 
