@@ -33,9 +33,11 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs: B * N, or
-    e  routing weights (Eq. 3)     W  merged weights (S, in, out)                B in generation
+    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs, B * N
+    e  routing weights (Eq. 3)     W  merged weights (S, in, out)
     h  mean of a segment           in, out  D and H, or H and D
+
+In generation S is B: each sequence has one merged FFN.
 
 Ours, not the paper's: that prior and the router bias that holds it, dense warm-up by tying gradients, tied
 embeddings by default (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop, and a
@@ -125,15 +127,15 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """What a segment's mean says: softmax(router(h)), in the router's own dtype even under autocast.
-        (..., T, D) -> (..., E)"""
+        """softmax(router(h)), where h is the mean of a segment. The router runs in its own dtype, even under
+        autocast. (..., T, D) -> (..., E)"""
         h = x.mean(-2)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h.to(self.router.weight.dtype)).softmax(-1)
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        own = self.routing_weights(x)  # (B, N, E), what each segment says
+        own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
         if self.first_segment == 'prior':
             # Ours: the softmax of router(0), its bias, which depends on no token. The same learned bias
             # enters the routing of all later segments.
@@ -142,11 +144,9 @@ class LoryFFN(nn.Module):
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
             # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
             first = own[:, :1].detach()  # (B, 1, E)
-        if self.routing == 'causal':
-            later = own[:, :-1]  # (B, N - 1, E), segment k hears segment k-1
-        else:
-            later = own[:, :1].expand(-1, x.shape[1] - 1, -1)  # prefix routing (Sec. 5.1): all hear segment 1
-        return torch.cat([first, later], 1)  # (B, N, E)
+        if self.routing == 'prefix':
+            own = own[:, :1].expand_as(own)  # prefix routing (Sec. 5.1): all later segments hear segment 1
+        return torch.cat([first, own[:, :-1]], 1)  # (B, N, E), segment k hears segment k-1
 
     def merged(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
@@ -199,8 +199,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # This merges θᵀ. A W merged and then transposed, torch.compile would recognise from the forward pass
-        # and keep in memory instead of computing it twice.
+        # Merge θᵀ instead of transposing W. torch.compile would recognise a second merge(e, θ), and keep the
+        # first one in memory instead of computing it again.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
@@ -213,8 +213,8 @@ class MergedLinear(torch.autograd.Function):
 def lean_swiglu(x, e, gate, up, down):
     """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)
 
-    MergedLinear computes in the dtype of x, both ways. So x is converted here: left to itself, autocast would
-    convert in the forward pass only."""
+    MergedLinear computes in the dtype of x, forward and backward. So x takes autocast's dtype here: autocast
+    itself does not reach the backward pass."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     inner = F.silu(MergedLinear.apply(x, e, gate)) * MergedLinear.apply(x, e, up)  # (S, T, H)
@@ -250,6 +250,7 @@ class Cache:
 
     def remember(self, k, v):
         """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
+        self.pos += k.shape[2]
         if self.k is not None:
             k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.k, self.v = k[:, :, -self.slots:], v[:, :, -self.slots:]
@@ -294,7 +295,7 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route`, which training alone uses. In general MyFFN is any
+    LoryFFN and override `routing_weights`, or `route`, which generation does not use. In general MyFFN is any
     module that is built from a config, is called with (x, cache) and returns (output, routing weights). An
     `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
     takes those of three dimensions for experts (E, in, out).
@@ -341,8 +342,6 @@ class Lory(nn.Module):
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x, e = block(x, rope, cache)
             routing.append(e)
-            if cache is not None:
-                cache.pos += L
         return self.norm(x), routing
 
     def forward(self, idx, targets=None, return_routing=False):
@@ -368,9 +367,10 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        An expert gets dW / E where a dense FFN would get dW, the gradient of the merged FFN. Adam divides the
-        factor out, but for its epsilon. Clipping sees a norm that is √E times smaller. After warm-up an
-        expert gets e_i dW, about as much as before, so Adam's averages need no reset."""
+        With dW the gradient of the merged FFN, an expert gets dW / E where a dense FFN would get dW. Adam's
+        update is the same when all gradients are E times smaller, but for its epsilon. Clipping does see a
+        difference: the norm of all experts together is √E times smaller. After warm-up an expert gets e_i dW,
+        about as much as before, so Adam's averages need no reset."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -533,7 +533,7 @@ def usable_device(name):
     """The device called `name`, or for 'auto' the fastest there is. UserError if it cannot be used here."""
     if name == 'auto':
         name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
-    with suppress(RuntimeError, AssertionError, NotImplementedError):  # torch raises all three
+    with suppress(RuntimeError, AssertionError):  # torch raises both
         torch.zeros(1, device=name).item()
         return name
     raise UserError(f'device={name} cannot be used here; try --device=auto.')
@@ -566,10 +566,9 @@ FORMAT = 2  # of checkpoints
 
 def save_checkpoint(path, model, weights=None, **rest):
     """Write a Lory and the plain values in `rest` to path, atomically. `weights` is its state dict."""
-    weights = model.state_dict() if weights is None else weights
-    config = asdict(model.config)
+    model_is = dict(layer=model.ffn_name, config=asdict(model.config), model=weights or model.state_dict())
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, layer=model.ffn_name, config=config, model=weights), f)
+        torch.save(dict(rest, format=FORMAT, **model_is), f)
 
 
 def read_checkpoint(path):
@@ -583,8 +582,9 @@ def read_checkpoint(path):
                 ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
     except OSError as error:
         raise UserError(f'cannot read {path} ({error.strerror}): choose another, or run train.py.') from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        pass  # no zip archive, or none of torch.save's
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
+        if 'allocate' in str(e):
+            raise  # out of memory, see run_script. All else: no zip archive, or none of torch.save's
     found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'
     if found != FORMAT:
         raise UserError(f'{path} is damaged or no checkpoint of format {FORMAT} (found: {found}): choose '

@@ -17,9 +17,9 @@ import ctypes
 import gc
 import math
 import os
+import platform
 import signal
 import statistics
-import sys
 import time
 from argparse import Namespace
 from dataclasses import fields
@@ -30,6 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -123,6 +125,7 @@ def main(argv=None, build=Lory):
     if saved:
         check_fit(saved, args, data)
         load_weights(model, saved)
+    # Dense warm-up needs equal experts: new ones, or those filled from a dense checkpoint.
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
@@ -132,7 +135,7 @@ def main(argv=None, build=Lory):
         load_optimizer(model, optimizer, saved['optimizer'])
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
-        planned, lr = learning_rate(step, Namespace(**saved['args'])), learning_rate(step, args)
+        planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
     saved = None  # free its memory
     tokens_per_step = args.batch_size * args.block_size
@@ -160,8 +163,8 @@ def main(argv=None, build=Lory):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
             first = ((step * args.gradient_accumulation_steps + i) * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
-            if isinstance(running, DDP):  # exchange gradients once, after the last piece
-                running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+            # DDP reads this: exchange gradients once, after the last piece.
+            running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
                 micro_loss = running(x, y)[1] / args.gradient_accumulation_steps
             scaler.scale(micro_loss).backward()
@@ -177,7 +180,8 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips such gradients
+        # In float16 a gradient may overflow. The scaler skips that update, so only the loss must be finite.
+        check_finite(step, loss if scaler.is_enabled() else loss + norm)
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -214,7 +218,7 @@ def main(argv=None, build=Lory):
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate and last_is_best(rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
-                # Written last: after a crash the run resumes from the old one and makes the others again.
+                # Written last: after a crash the run resumes from the old one and writes the others again.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
             pause = time.perf_counter() - paused
 
@@ -284,7 +288,7 @@ def pick_device(args):
         dtype = 'bfloat16' if fast else 'float32'
     # What autocast leaves in float32 may use TF32 on CUDA, unless all matmuls are in float32.
     torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
-    if device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+    if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
         # to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB.
         ctypes.CDLL(None).mallopt(-4, 0)
@@ -408,7 +412,7 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """Every rank does all of it, so it needs no communication.
+    """All ranks evaluate all windows: sharded blocks are gathered by all at once, and no figure is exchanged.
     -> figures, a row for log.csv: bits per byte and perplexity over all positions, and after segment 1
        ("later"). Unless tied, also experts in use, the share with a weight above 2/E in any segment after the
        first (App. G.1, which counts over 10 training steps).
@@ -416,7 +420,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     exact = torch.float32 if device.type == 'mps' else torch.float64
-    sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)  # of nats, tokens, bytes
+    sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)  # all or later; nats, tokens, bytes
     routing = torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     model.eval()
@@ -475,16 +479,14 @@ def write_log(path, rows):
 
 def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
-    from matplotlib.figure import Figure  # imported here, because it takes a second
-    from matplotlib.font_manager import FontProperties, findfont, get_font
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
               for d, name in enumerate(domains, 1)]
     train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
 
     loss = Figure(figsize=(8, 4.5), layout='constrained')
-    ax, nats_per_bit = loss.subplots(), math.log(2) * bytes_per_token  # nats a token, bits a byte
-    bits = [r['loss'] / nats_per_bit for r in train]
+    ax = loss.subplots()
+    bits = [r['loss'] / math.log(2) / bytes_per_token for r in train]  # a byte, from nats a token
     ax.plot([r['step'] for r in train], bits, color='0.75', label='training')
     for name, label in zip(domains, labels):
         ax.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', lw=1, label=label)
@@ -534,9 +536,7 @@ def wrap(model, args, device, world):
             model.init_weights(args.seed)
         return model
     model.to(device)
-    if world == 1:
-        return model
-    return DDP(model, device_ids=[device] if 'cuda' in device else None, gradient_as_bucket_view=True)
+    return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory

@@ -25,7 +25,8 @@ class ReroutedFFN(LoryFFN):
             started = (x.shape[1] - 1) // T * T  # where the last segment begins
             cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
             return y, e
-        if cache.pos % T == 0 and (self.routing == 'causal' or cache.pos == T):
+        before = cache.pos - 1  # tokens read before this one
+        if before % T == 0 and (self.routing == 'causal' or before == T):
             cache.ffn = self.merged(self.routing_weights(cache.total[:, None] / T))  # of one token, the mean
             cache.total = 0
         cache.total = cache.total + x[:, 0]
