@@ -512,6 +512,14 @@ def make_parser(doc):
                                    usage='python %(prog)s [--flag=value ...], see --help', allow_abbrev=False)
 
 
+def say(text, end='\n'):
+    """Print at once. When the reader has gone, as `| tee` has after Ctrl-C, go on in silence."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_script(main):
     """Run a script's main(). A UserError becomes one sentence on stderr and exit code 2."""
     sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
@@ -533,7 +541,7 @@ def usable_device(name):
     """The device called `name`, or for 'auto' the fastest there is. UserError if it cannot be used here."""
     if name == 'auto':
         name = str(torch.accelerator.current_accelerator(check_available=True) or 'cpu')
-    with suppress(RuntimeError, AssertionError):  # torch raises both
+    with suppress(Exception):  # torch raises many kinds
         torch.zeros(1, device=name).item()
         return name
     raise UserError(f'device={name} cannot be used here; try --device=auto.')

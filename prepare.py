@@ -26,9 +26,9 @@ import heapq
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter, defaultdict, namedtuple
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 
@@ -36,7 +36,7 @@ import numpy as np
 import regex
 import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers
 
-from lory import UserError, add_flag, make_parser, read_checkpoint, run_script
+from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script
 
 FORMAT = 1              # of the dataset on disk; a reader refuses any other
 FILES = {'meta.json', 'tokenizer.json', 'train.bin', 'train_docs.npz', 'val.bin', 'val_docs.npz'}
@@ -138,12 +138,14 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def walk(path, seen):
-    """The files at or below `path`, but no hidden ones, and no datasets and runs of ours. Links are followed,
-    and nothing is visited twice."""
+    """The files at or below `path`, but no hidden ones. Of datasets and runs of ours only the folder's name,
+    which read_inputs reports as skipped. Links are followed, and nothing is visited twice."""
     place = os.path.realpath(path)
-    if place in seen or os.path.exists(path / 'train_docs.npz') or os.path.exists(path / 'ckpt.pt'):
+    if place in seen:
         return []
     seen.add(place)
+    if os.path.exists(path / 'train_docs.npz') or os.path.exists(path / 'ckpt.pt'):
+        return [path]
     try:
         children = sorted(path.iterdir())
     except OSError:  # a file, or a folder that may not be opened
@@ -225,21 +227,19 @@ def hold_out(docs, val_fraction):
     for domain, size in sorted(domains.items()):
         goal = max(share * size.total(), MIN_VAL) if size.total() >= 4 * MIN_VAL else 0
         room = goal - sum(size[source] for source in held)  # a file may serve several domains
-        free = sorted(size.keys() - held, key=lambda source: hashlib.sha1(os.fsencode(source)).digest())
-        for source in free:
+        for source in sorted(size.keys() - held, key=lambda name: hashlib.sha1(os.fsencode(name)).digest()):
             if size[source] <= room:
                 held.add(source)
                 room -= size[source]
-        large = [source for source in free if source not in held]
-        if large and room > goal / 2:
-            i = max(i for i, doc in enumerate(docs) if (doc.domain, doc.source) == (domain, large[0]))
+        if room > goal / 2:
+            rest = [i for i, doc in enumerate(docs) if doc.domain == domain and doc.source not in held]
+            i = max(rest, key=lambda i: len(docs[i].text))
             text, data = docs[i].text, docs[i].text.encode()
             at = len(data[:max(1, len(data) - int(room))].decode(errors='ignore'))
             at = text.find('\n', at, at + (len(text) - at) // 4) + 1 or at  # the next line's start, if near
-            tail = Document(text[at:], domain, f'end of {large[0]}')
             docs[i] = docs[i]._replace(text=text[:at])
-            docs.append(tail)
-            held.add(tail.source)
+            docs.append(Document(text[at:], domain, f'end of {docs[i].source}'))
+            held.add(docs[-1].source)
     return [doc for doc in docs if doc.source in held], [doc for doc in docs if doc.source not in held]
 
 
@@ -250,13 +250,11 @@ def ngrams(text):
     if not 50 <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
     code = np.frombuffer(text.encode('utf-32-le'), '<u4').astype(np.uint64)
-    grams = np.sort(np.convolve(code, HASH, 'valid'))  # modulo 2^64
-    return grams[np.append(True, grams[1:] != grams[:-1])]  # np.unique takes six times as long
+    return np.unique(np.convolve(code, HASH, 'valid'))  # modulo 2^64
 
 
 def jaccard(a, b):
-    both = len(np.intersect1d(a, b, assume_unique=True))
-    return both / (len(a) + len(b) - both)
+    return len(np.intersect1d(a, b)) / len(np.union1d(a, b))
 
 
 def near_duplicates(val, train):
@@ -310,14 +308,13 @@ def nearest(X, k):
     """For each document the k others of highest cosine, best first. Ties go to the lower number. Documents of
     cosine 0 are left out. The search is exact. -> n_docs lists"""
     XT, lists, n_docs = X.T.tocsr(), [], X.shape[0]
-    n_rows = max(1, 10_000_000 // max(1, n_docs))  # of a block, which takes 120 MB at most
-    for start in track('neighbours', range(0, n_docs, n_rows)):
-        block = X[start:start + n_rows] @ XT  # (n_rows, n_docs), sparse: what is not stored is 0
-        for i, (a, b) in enumerate(zip(block.indptr, block.indptr[1:]), start):
-            column, cosine = block.indices[a:b], np.where(block.indices[a:b] == i, 0, block.data[a:b])
-            kth = np.partition(cosine, -k)[-k] if len(cosine) > k else 0
-            near = np.flatnonzero((cosine >= kth) & (cosine > 0))  # with all that tie with the k-th
-            lists.append(column[near[np.lexsort((column[near], -cosine[near]))]][:k].tolist())
+    for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
+        cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
+        # Cosine and number in one integer: no two are equal, and the least are the best.
+        rank = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
+        # The k + 1 best, for a document is its own neighbour.
+        best = np.sort(np.partition(rank, min(k, n_docs - 1))[:, :k + 1]).tolist()
+        lists += [[r % n_docs for r in row if r < 0 and r % n_docs != i][:k] for i, row in zip(block, best)]
     return lists
 
 
@@ -325,15 +322,14 @@ def chain(neighbours, rng):
     """The greedy walk: from a document to its most similar neighbour not yet used; when all are used, to a
     random unused document. Within a document a segment resembles the one that routes it anyway; the walk
     does the same where two documents meet. n_docs lists, best first -> order (n_docs,), number of restarts"""
-    order, used, restarts = [], set(), -1  # the first start is no restart
+    order, restarts = {}, -1  # a dict keeps its keys in order; the first start is no restart
     for start in rng.permutation(len(neighbours)).tolist():
         here = start
-        restarts += start not in used
-        while here not in used:
-            order.append(here)
-            used.add(here)
-            here = next((j for j in neighbours[here] if j not in used), here)
-    return np.array(order, int), restarts
+        restarts += start not in order
+        while here not in order:
+            order[here] = True
+            here = next((j for j in neighbours[here] if j not in order), here)
+    return np.array(list(order), int), restarts
 
 
 def arrange(docs, order, k, seed):
@@ -423,7 +419,7 @@ def train_bpe(texts, n_tokens):
 def make_tokenizer(name, vocab_size=0, texts=()):
     """The content of tokenizer.json. `name` is bpe, trained on `texts`; byte; one that tiktoken knows; or a
     file: a checkpoint or a tokenizer.json."""
-    if os.path.isfile(name):
+    if name not in ('bpe', 'byte') and os.path.isfile(name):
         try:
             is_json = name.endswith('.json')
             d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
@@ -477,33 +473,27 @@ def sha256(path):
 def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
-    All files are finished elsewhere before the first takes its place. If a crash hits between two renames,
-    load_dataset refuses the mixture: the checksums in meta.json do not match."""
+    All files are finished before the first takes its place, meta.json last. If a crash hits between two
+    renames, load_dataset refuses the mixture: the checksums in meta.json do not match."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.new-', dir=path) as new:
-            new = Path(new)
-            (new / 'tokenizer.json').write_text(json.dumps(tokenizer))
-            for split, docs in splits.items():
-                start = [0]
-                with open(new / f'{split}.bin', 'wb') as f:
-                    for doc in track(f'{split}.bin', docs):
-                        tokens = [eot, *encode(encoding, doc.text)]
-                        f.write(np.array(tokens, dtype))
-                        start.append(start[-1] + len(tokens))
-                domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
-                np.savez(new / f'{split}_docs.npz', start=np.array(start, '<i8'), domain=domain)
-                meta[split] = {'tokens': start[-1], 'documents': len(docs), 'bytes': count_bytes(docs)}
-            meta['sha256'] = {file.name: sha256(file) for file in sorted(new.iterdir())}
-            (new / 'meta.json').write_text(json.dumps(meta, indent=1))
-            for name in sorted(FILES):
-                os.replace(new / name, path / name)
-    except OSError as e:
-        raise UserError(f'cannot write {path} ({e.strerror}): free some space or choose another '
-                        '--dataset.') from None
+    with ExitStack() as stack:  # which closes the files in reverse order
+        files = {name: stack.enter_context(atomic_open(path / name)) for name in sorted(FILES)}
+        files['tokenizer.json'].write(json.dumps(tokenizer).encode())
+        for split, docs in splits.items():
+            start = [0]
+            for doc in track(f'{split}.bin', docs):
+                tokens = [eot, *encode(encoding, doc.text)]
+                files[f'{split}.bin'].write(np.array(tokens, dtype))
+                start.append(start[-1] + len(tokens))
+            domain = np.array([meta['domains'].index(doc.domain) for doc in docs], np.uint8)
+            np.savez(files[f'{split}_docs.npz'], start=np.array(start, '<i8'), domain=domain)
+            meta[split] = {'tokens': start[-1], 'documents': len(docs), 'bytes': count_bytes(docs)}
+        for file in files.values():
+            file.flush()
+        meta['sha256'] = {name: sha256(file.name) for name, file in files.items() if name != 'meta.json'}
+        files['meta.json'].write(json.dumps(meta, indent=1).encode())
     return meta
 
 
@@ -535,8 +525,9 @@ def load_dataset(path, block_size):
 
 def flags():
     parser = make_parser(__doc__)
-    parser.add_argument('--input', nargs='+', metavar='PATH', help='folders, whose first-level subfolders '
-                        'are domains; text files; .jsonl with "text", "domain" (default: built-in corpus)')
+    parser.add_argument('--input', nargs='+', action='extend', metavar='PATH', help='folders, whose '
+                        'first-level subfolders are domains; text files; .jsonl with "text", "domain" '
+                        '(default: built-in corpus)')
     add_flag(parser, 'dataset', '', 'folder in data/ to write; empty: builtin, or the first input\'s name')
     add_flag(parser, 'tokenizer', 'bpe', 'bpe, trained on the training text; byte; one of tiktoken\'s, '
              'such as gpt2, which it downloads; or a checkpoint or tokenizer.json, to use the same')

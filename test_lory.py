@@ -36,7 +36,7 @@ import prepare
 import sample
 import train
 from lory import (Cache, Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, draw, lean_swiglu,
-                  load_checkpoint, save_checkpoint, swiglu)
+                  load_checkpoint, save_checkpoint, say, swiglu)
 from prepare import Document
 
 torch.set_num_threads(1)
@@ -374,6 +374,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / 'f').read_text() == 'old' and os.listdir(tmp_path) == ['f']
 
 
+def test_what_is_said_to_nobody_is_no_error(monkeypatch):
+    """As after Ctrl-C with `| tee`, which ends first, or with `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, 'w') as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', gone)
+        say('one')
+        say('two')
+
+
 # --- prepare.py: reading, holding out, chaining, tokenizing, writing. ---
 
 OWN = ['--input', 'own', '--vocab_size=400', '--val_fraction=.2']
@@ -502,7 +512,7 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
     assert [doc.domain for doc in docs] == [doc.text.split(':')[0] for doc in docs]
     assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 8
     assert docs[4].text == 'note.txt: two\nlines'
-    assert regex.search('6 inputs .* as books/broken, books/empty.txt, books/lat.*', capsys.readouterr().out)
+    assert regex.search('8 inputs .* as books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
 
 
 def test_one_label_is_one_domain(tmp_path, monkeypatch):
@@ -882,10 +892,13 @@ def test_bad_input(argv, message, tmp_path):
 
 
 def test_a_dataset_is_called_like_its_folder_or_its_file(tmp_path):
-    write_files(tmp_path, {'corpus-v1.1/a.txt': data_words(400), 'notes.txt': data_words(400)})
+    write_files(tmp_path, {'corpus-v1.1/a.txt': data_words(400), 'notes.txt': data_words(400, 1)})
     for path in ('corpus-v1.1/', 'notes.txt'):
         data_prepare(tmp_path, '--input', path, '--tokenizer=byte')
     assert set(os.listdir(tmp_path / 'data')) == {'corpus-v1.1', 'notes'}
+    data_prepare(tmp_path, '--input', 'corpus-v1.1', '--input', 'notes.txt', '--tokenizer=byte')
+    domains = {domain for _, domain in data_read(tmp_path, 'train', 'corpus-v1.1')}
+    assert domains == {'corpus-v1.1', 'notes.txt'}
 
 
 def test_bad_flags(tmp_path, capsys):
@@ -1101,11 +1114,12 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     dense = model.specialize(torch.arange(9)[None])
     save_checkpoint(run_home / 'bare/ckpt.pt', dense, tokenizer=ckpt['tokenizer'])
-    flags = ['--dataset=own', '--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
-    for start, n_experts, tied_until in (('bare', 1, 0), ('bare', 4, 5), ('whole', 4, 0)):
+    flags = ['--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
+    for start, n_experts, tied_until in (('whole', 4, 0), ('bare', 1, 0), ('bare', 4, 5)):
         out = f'from-{start}{n_experts}'
         run_script(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',
                    f'--out_dir={out}')
+        flags.append('--dataset=own')  # the whole run knows its own
         again, onward = load_checkpoint(run_home / out / 'ckpt.pt')
         assert again.config == replace(model.config, n_experts=n_experts)
         assert onward['tied_until'] == tied_until
@@ -1125,16 +1139,20 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
     with refused('resume'):
         run_script(train, tmp_path, *TINY, '--out_dir=whole')  # would overwrite a finished run
     ckpt = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]
-    assert ckpt['args']['ffn_hidden'] == 96, 'the width itself, so that naming it is no change'
     for fields in (ckpt['args'], ckpt['config']):  # as if the checkpoint were older than this field
         del fields['first_segment']
     torch.save(ckpt, tmp_path / 'whole/ckpt.pt')
-    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=96')
+    with refused('step 30 already'):
+        resume('--max_iters=29')
+    with refused('sizes'):
+        resume('--ffn_hidden=64')
+    (tmp_path / 'data/own').rename(tmp_path / 'data/moved')
+    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=96', '--dataset=moved')
     groups = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]['optimizer']['param_groups']
     assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
     run_script(prepare, tmp_path, '--input', 'own', '--vocab_size=400', '--val_fraction=.3')
     with refused('trained on'):
-        resume('--max_iters=40')
+        resume('--max_iters=40', '--dataset=own')
 
 
 def test_the_same_command_with_resume_goes_on(run_home):
@@ -1213,7 +1231,7 @@ def test_two_ranks_equal_one(run_home):
     ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'), ('--init_from=resum', 'resum'),
     ('--init_from=resume', 'ckpt.pt'), ('--dataset=builtin --n_head=5', 'n_head'),
     ('--init_from=whole/ckpt.pt --n_layer=3', 'n_layer'),
-    ('--init_from=whole/ckpt.pt --preset=0.3b', 'ffn_hidden.*preset'),
+    ('--init_from=whole/ckpt.pt --preset=0.3b', 'n_layer.*preset'),
     ('--init_from=whole/ckpt.pt --n_experts=2', 'n_experts')])
 def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, word):
     monkeypatch.setattr(prepare, 'main', None)

@@ -40,6 +40,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
+import lory
 import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, usable_device)
@@ -93,7 +94,6 @@ def main(argv=None, build=Lory):
     # --- settings ---
     args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
-    args.ffn_hidden = config.ffn_hidden  # the checkpoint stores the width, not 0
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
@@ -106,7 +106,7 @@ def main(argv=None, build=Lory):
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    say = partial(print, flush=True) if rank == 0 else lambda text: None
+    say = lory.say if rank == 0 else lambda text: None
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
@@ -137,6 +137,8 @@ def main(argv=None, build=Lory):
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
+        if step > args.max_iters:
+            raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
     saved = None  # free its memory
     tokens_per_step = args.batch_size * args.block_size
     bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
@@ -237,9 +239,10 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}  # cannot change with --init_from=FILE
-FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'dataset', 'batch_size', 'dense_warmup', 'seed',
-         'eval_windows'}  # cannot change within a run
+# What cannot change with --init_from=FILE, and within a run. Other sizes, and other data, do not fit later.
+SHAPE = {'n_layer', 'n_head', 'n_embd', 'tie_embeddings'}
+FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+FIXED.remove('ffn_hidden')  # 0 and the width that it stands for are the same
 
 
 def read_settings(argv):
@@ -260,12 +263,12 @@ def read_settings(argv):
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
         settled = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
-    parser.set_defaults(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir))
-    args = parser.parse_args(argv)
+        settled['dataset'] = saved.get('args', {}).get('dataset', 'builtin')
+    args = parser.parse_args(argv, Namespace(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir)))
     for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
         if getattr(args, name) != settled[name]:
-            raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave --{name} out, or '
-                            'the --preset that sets it.')
+            raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave out --{name} and '
+                            'any --preset.')
     if args.shard and ('RANK' not in os.environ or args.dtype == 'float16'):
         raise UserError('--shard needs torchrun and a dtype other than float16: or say --shard=False.')
     return args, saved
@@ -302,8 +305,8 @@ def check_fit(saved, args, data):
         raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before, or '
                         'start another run with another --out_dir.')
     if saved.get('tokenizer') != data.tokenizer:
-        raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset}: prepare the data '
-                        f'with --tokenizer={args.init_from}.')
+        raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset}: choose its own '
+                        f'--dataset, or prepare another with --tokenizer={args.init_from}.')
 
 
 # --- Data: windows of L + 1 tokens over the stream. Each depends on the seed and its number in the run alone,

@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import prepare
 from lory import Lory, add_flag, atomic_open, load_checkpoint, make_parser, run_script
 from reroute import ReroutedFFN
-from train import evaluate, summary, validation_windows
+from train import evaluate, validation_windows
 
 PROMPTS, AFTER = (1, 16, 64, 256, 512), 256
 
@@ -110,9 +110,8 @@ def specialized(dense, model, data, token_bytes):
     windows = validation_windows(data.val, data.meta['domains'], 512, 32)
 
     def by_domain(m):
-        sums = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False))[0]
-        row = summary(0, sums, None, windows)
-        return {d: row[f'bpb_{d}'] for d in windows}
+        figures = evaluate(m, windows, token_bytes, 16, torch.autocast('cpu', enabled=False))[0]
+        return {d: figures[f'bpb_{d}'] for d in windows}
     experts = {}
     for domain in windows:
         each, docs = [], np.flatnonzero(data.train.domain == data.meta['domains'].index(domain))

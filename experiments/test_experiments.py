@@ -4,6 +4,7 @@ against its READMEs.
 
     python -m pytest -q experiments/test_experiments.py
 """
+import importlib
 import os
 import re
 import subprocess
@@ -51,6 +52,16 @@ def moved(model, idx, b, t):
     other = idx.clone()
     other[b, t] = (other[b, t] + 1) % 50
     return (model(idx)[0] - model(other)[0]).abs().amax(-1) > 1e-9
+
+
+def test_every_script_finds_what_it_takes_from_the_others():
+    """Names that are imported, and attributes of prepare and train."""
+    modules = {name: importlib.import_module(name) for name in ('prepare', 'train')}
+    for path in Path(HERE).glob('*.py'):
+        if not path.name.startswith(('test_', 'card')):  # these run as tests
+            importlib.import_module(path.stem)
+        for module, name in re.findall(r"(?<![\w/.'])(prepare|train)\.(\w+)", path.read_text()):
+            assert name == 'py' or hasattr(modules[module], name), f'{path.name}: {module}.{name}'
 
 
 @pytest.mark.parametrize('how', [{}, dict(first_segment='self'), dict(routing='prefix')])
