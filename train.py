@@ -4,7 +4,7 @@ Train a Lory, or its dense baseline.
     python train.py                                    on the built-in corpus, prepared if missing
     python train.py --n_experts=1 --out_dir=out-dense  the dense model of equal active size
     python train.py --init_from=resume                 go on where the last run stopped
-    torchrun --nproc_per_node=8 train.py               data parallel, GPUs or CPUs; --shard splits the model
+    torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
 A run leaves in out_dir: ckpt.pt (the latest state), best.pt (the best validation), log.csv, loss.png and
 experts.png (routing weights by layer and domain, Fig. 6). Ctrl-C saves and stops. A run killed at any moment
@@ -432,14 +432,14 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none').view_as(y)
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
             size = token_bytes[y]  # (B, L); <|endoftext|> has no bytes and is not counted
-            terms = torch.stack([nats * (size > 0), size > 0, size])  # (3, B, L)
+            terms = torch.stack([nats.view_as(y) * (size > 0), size > 0, size])  # (3, B, L)
             sums[d, 0] += terms.sum((1, 2))
             sums[d, 1] += terms[:, :, T:].sum((1, 2))
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
-            routing[d] += e.mean(2).sum(0) / len(chosen)
-            used += (e > 2 / E).sum((0, 2))
+            routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
+            used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
     model.train()
     nats, tokens, size = sums.cpu().unbind(-1)  # (n_domains, 2) each
     bpb, ppl = nats / size / math.log(2), (nats / tokens).exp()
