@@ -295,9 +295,9 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route`, which generation does not call. In general MyFFN is any
-    module that is built from a config, is called with (x, cache) and returns (output, routing weights). An
-    `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
+    LoryFFN and override `routing_weights`, or `route`, which generation does not call. In general MyFFN is
+    any module that is built from a config, is called with (x, cache) and returns (output, routing weights).
+    An `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
     takes those of three dimensions for experts (E, in, out).
     """
 
