@@ -76,7 +76,7 @@ class LoryConfig:
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
-    ffn_hidden: int = option(0, 'H, hidden width of an expert; 0: 8/3 of n_embd, rounded up to 32s')
+    ffn_hidden: int = option(0, 'H, width of an expert; 0: 8/3 of n_embd, rounded up to a multiple of 32')
     n_experts: int = option(8, 'E, experts in each layer; 1 is the dense model of equal active size')
     segment_len: int = option(256, 'T, tokens that share one merged FFN')
     routing: str = option('causal', 'causal: each segment is routed by the one before it (Sec. 3.1); prefix: '
@@ -512,7 +512,7 @@ def make_parser(doc):
                                    usage='python %(prog)s [--flag=value ...], see --help', allow_abbrev=False)
 
 
-def say(text, end='\n'):
+def tell(text, end='\n'):
     """Print at once. When the reader has gone, as `| tee` has after Ctrl-C, go on in silence."""
     try:
         print(text, end=end, flush=True)
@@ -573,10 +573,11 @@ FORMAT = 2  # of checkpoints
 
 
 def save_checkpoint(path, model, weights=None, **rest):
-    """Write a Lory and the plain values in `rest` to path, atomically. `weights` is its state dict."""
-    model_is = dict(layer=model.ffn_name, config=asdict(model.config), model=weights or model.state_dict())
+    """Write a Lory and the plain values in `rest` to path, atomically. `weights` is its state dict, if the
+    caller has it already."""
+    rest |= dict(format=FORMAT, layer=model.ffn_name, config=asdict(model.config))
     with atomic_open(path) as f:
-        torch.save(dict(rest, format=FORMAT, **model_is), f)
+        torch.save(dict(rest, model=weights or model.state_dict()), f)
 
 
 def read_checkpoint(path):

@@ -36,7 +36,7 @@ import numpy as np
 import regex
 import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers
 
-from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script
+from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script, tell
 
 FORMAT = 1              # of the dataset on disk; a reader refuses any other
 FILES = {'meta.json', 'tokenizer.json', 'train.bin', 'train_docs.npz', 'val.bin', 'val_docs.npz'}
@@ -55,7 +55,7 @@ Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Sp
 
 
 def say(label, text):
-    print(f'{label:<18} {text}', flush=True)
+    tell(f'{label:<18} {text}')
 
 
 def track(label, items):

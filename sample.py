@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint, say,
+from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint, tell,
                   usable_device)
 from prepare import encode, load_tokenizer
 
@@ -83,8 +83,8 @@ def main(argv=None, build=Lory):
 
     torch.manual_seed(args.seed)
     for i in range(args.num_samples):
-        say('-' * 80 + '\n' if i else '', end='')
-        say(text, end='')
+        tell('-' * 80 + '\n' if i else '', end='')
+        tell(text, end='')
         began, count, sample = time.perf_counter(), 0, ''
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
         for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
@@ -92,11 +92,11 @@ def main(argv=None, build=Lory):
             if token.item() == tokenizer.eot_token:
                 break
             new = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
-            say(new, end='')
+            tell(new, end='')
             sample += new
             if args.stop and args.stop in sample:
                 break
-        say(decoder.decode(b'', True))  # an incomplete character shows as such
+        tell(decoder.decode(b'', True))  # an incomplete character shows as such
         seconds = max(time.perf_counter() - began, 1e-9)
         print(f'[{count} tokens, {count / seconds:.0f} tokens/s]', file=sys.stderr)
 

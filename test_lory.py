@@ -36,7 +36,7 @@ import prepare
 import sample
 import train
 from lory import (Cache, Lory, LoryConfig, LoryFFN, MergedLinear, UserError, atomic_open, draw, lean_swiglu,
-                  load_checkpoint, save_checkpoint, say, swiglu)
+                  load_checkpoint, save_checkpoint, swiglu, tell)
 from prepare import Document
 
 torch.set_num_threads(1)
@@ -380,8 +380,8 @@ def test_what_is_said_to_nobody_is_no_error(monkeypatch):
     os.close(read)
     with open(write, 'w') as gone, monkeypatch.context() as patch:
         patch.setattr(sys, 'stdout', gone)
-        say('one')
-        say('two')
+        tell('one')
+        tell('two')
 
 
 # --- prepare.py: reading, holding out, chaining, tokenizing, writing. ---
@@ -570,6 +570,8 @@ def test_the_cap_and_the_least(monkeypatch, tmp_path, capsys):
     docs = [Document(data_words(100, i), 'a', str(i)) for i in range(300)]
     monkeypatch.setattr(prepare, 'MAX_VAL', 5000)
     assert 4000 < data_size(prepare.hold_out(docs, .5)[0], 'a') <= 5000
+    short, long = prepare.hold_out([Document('a' * 1001, 'a', 'A0'), Document('b' * 8999, 'a', 'B0')], .1)[1]
+    assert len(short.text) == 1001 and len(long.text) > 7000  # of two large ones the longer is cut
     data_jsonl(tmp_path / 'own.jsonl', [doc.text for doc in docs] + [{'text': 'a line', 'domain': 'small'}])
     data_prepare(tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
     out = capsys.readouterr().out
@@ -762,6 +764,8 @@ def test_a_tokenizer_from_a_file(data_copy):
         assert prepare.load_dataset(data_copy / 'data/a', 8).tokenizer == tokenizer
         stored = data_read(data_copy, 'train', 'a') + data_read(data_copy, 'val', 'a')
         assert ''.join(text for text, _ in stored) == data_words(900)
+    write_files(data_copy, {'byte': 'a file of that name'})
+    data_prepare(data_copy, '--input', 'a.txt', '--tokenizer=byte')
     for name in ('bare.pt', 'hf.json', 'a.txt'):
         with refused('no tokenizer'):
             data_prepare(data_copy, '--input', 'a.txt', f'--tokenizer={name}')
@@ -1144,10 +1148,10 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
     torch.save(ckpt, tmp_path / 'whole/ckpt.pt')
     with refused('step 30 already'):
         resume('--max_iters=29')
-    with refused('sizes'):
+    with refused('ffn_hidden=96'):
         resume('--ffn_hidden=64')
     (tmp_path / 'data/own').rename(tmp_path / 'data/moved')
-    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=96', '--dataset=moved')
+    resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=0', '--dataset=moved')
     groups = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]['optimizer']['param_groups']
     assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
     run_script(prepare, tmp_path, '--input', 'own', '--vocab_size=400', '--val_fraction=.3')
@@ -1231,7 +1235,7 @@ def test_two_ranks_equal_one(run_home):
     ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'), ('--init_from=resum', 'resum'),
     ('--init_from=resume', 'ckpt.pt'), ('--dataset=builtin --n_head=5', 'n_head'),
     ('--init_from=whole/ckpt.pt --n_layer=3', 'n_layer'),
-    ('--init_from=whole/ckpt.pt --preset=0.3b', 'n_layer.*preset'),
+    ('--init_from=whole/ckpt.pt --preset=0.3b', 'ffn_hidden.*preset'),
     ('--init_from=whole/ckpt.pt --n_experts=2', 'n_experts')])
 def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, word):
     monkeypatch.setattr(prepare, 'main', None)

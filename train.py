@@ -22,7 +22,7 @@ import signal
 import statistics
 import time
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
 
@@ -40,10 +40,9 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
-import lory
 import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
-                  run_script, save_checkpoint, usable_device)
+                  run_script, save_checkpoint, tell, usable_device)
 
 # The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. Its 0.3B/8E, for example, is
 # --preset=0.3b --n_experts=8. ffn_hidden and untied embeddings follow from its parameter counts.
@@ -92,8 +91,7 @@ def main(argv=None, build=Lory):
     """One run; returns the exit code. `build(config, seed=...)` makes the model: with build=partial(Lory,
     ffn=MyFFN) it trains an FFN of your own."""
     # --- settings ---
-    args, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
-    config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
+    args, config, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if world > 1:
@@ -106,7 +104,7 @@ def main(argv=None, build=Lory):
                         f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    say = lory.say if rank == 0 else lambda text: None
+    say = tell if rank == 0 else lambda text: None
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
@@ -240,14 +238,13 @@ def main(argv=None, build=Lory):
 # --- Settings. ---
 
 # What cannot change with --init_from=FILE, and within a run. Other sizes, and other data, do not fit later.
-SHAPE = {'n_layer', 'n_head', 'n_embd', 'tie_embeddings'}
+SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}
 FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
-FIXED.remove('ffn_hidden')  # 0 and the width that it stands for are the same
 
 
 def read_settings(argv):
-    """-> the flags, and the checkpoint that the run starts from or None. The checkpoint's settings become the
-    defaults, so only changes need flags."""
+    """-> flags, config, and the checkpoint that the run starts from or None. The checkpoint's settings become
+    the defaults, so only changes need flags."""
     parser, saved, settled, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
@@ -257,21 +254,22 @@ def read_settings(argv):
         saved, fixed = read_checkpoint(latest), FIXED
         if 'args' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
-        settled = saved['args']
+        settled = saved['args'] | saved['config']
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
-        settled = {f.name: saved['config'].get(f.name, f.default) for f in MODEL_FIELDS}
-        settled['dataset'] = saved.get('args', {}).get('dataset', 'builtin')
+        settled = saved['config'] | dict(dataset=saved.get('args', {}).get('dataset', 'builtin'))
     args = parser.parse_args(argv, Namespace(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir)))
+    config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
+    chosen = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
     for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
-        if getattr(args, name) != settled[name]:
+        if chosen[name] != settled[name]:
             raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave out --{name} and '
                             'any --preset.')
     if args.shard and ('RANK' not in os.environ or args.dtype == 'float16'):
         raise UserError('--shard needs torchrun and a dtype other than float16: or say --shard=False.')
-    return args, saved
+    return args, config, saved
 
 
 def pick_device(args):
