@@ -3,8 +3,8 @@ Lory: a fully differentiable mixture-of-experts language model (Zhong et al., CO
 
 A transformer block has one feed-forward network (FFN). A mixture of experts has E of them and a *router*, a
 small linear map that says how much each expert counts. Most mixtures send a token to its best experts. That
-choice has no gradient, and without a balancing loss some experts get no tokens. Lory makes no choice. It
-averages the *weights* of all experts and runs the one averaged FFN:
+choice has no gradient, and without a balancing loss some experts tend to get no tokens. Lory makes no
+choice. It averages the *weights* of all experts and runs the one averaged FFN:
 
     merged FFN = e_1 θ_1 + ... + e_E θ_E,   e = softmax(router(h))    (Sec. 2.2; SMEAR, arXiv:2306.03745)
 
@@ -34,8 +34,8 @@ One letter, one meaning, in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len                 E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs, B * N
-    e  routing weights (Eq. 3)     W  merged weights (S, in, out)
-    h  mean of a segment           in, out  D and H, or H and D
+    e  routing weights (S, E)      W  merged weights (S, in, out)
+    h  mean of a segment (..., D)  in, out  D and H, or H and D
 
 In generation S is B: each sequence has one merged FFN.
 
@@ -105,7 +105,8 @@ class LoryConfig:
 
 def merge(e, theta):
     """Average experts in parameter space, Σ_i e_i θ_i. (S, E), (E, in, out) -> (S, in, out)"""
-    return (e.to(theta.dtype) @ theta.flatten(1)).view(-1, *theta.shape[1:])
+    flat = e.to(theta.dtype) @ theta.flatten(1)  # (S, in * out)
+    return flat.view(-1, *theta.shape[1:])
 
 
 def swiglu(x, gate, up, down):
@@ -144,9 +145,10 @@ class LoryFFN(nn.Module):
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
             # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
             first = own[:, :1].detach()  # (B, 1, E)
+        before = own[:, :-1]  # (B, N - 1, E): segment k is routed by segment k-1
         if self.routing == 'prefix':
-            own = own[:, :1].expand_as(own)  # prefix routing (Sec. 5.1): all later segments hear segment 1
-        return torch.cat([first, own[:, :-1]], 1)  # (B, N, E), segment k hears segment k-1
+            before = own[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): always by segment 1
+        return torch.cat([first, before], 1)  # (B, N, E)
 
     def merged(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
@@ -175,10 +177,13 @@ class LoryFFN(nn.Module):
         `cache` keeps the merged FFN, see Cache.
         -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
         e = None
-        if cache.ffn is None:  # this is the prompt
+        if cache.merged is None:  # this is the prompt
             e = self.routing_weights(x)[:, None]  # (B, 1, E)
-            cache.ffn = self.merged(e[:, 0])
-        return swiglu(x, *cache.ffn), e
+            if x.shape[1] == 1 and self.first_segment == 'prior':
+                # Ours: an empty prompt is <|endoftext|> alone, which is nothing like the mean of a text.
+                e = self.router.bias.softmax(-1).expand_as(e)
+            cache.merged = self.merged(e[:, 0])
+        return swiglu(x, *cache.merged), e
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
@@ -199,8 +204,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ instead of transposing W. torch.compile would recognise a second merge(e, θ), and keep the
-        # first one in memory instead of computing it again.
+        # Merge θᵀ instead of transposing W. torch.compile would see merge(e, θ) twice, compute it once and
+        # keep it in memory until here.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
@@ -246,7 +251,7 @@ class Cache:
         self.slots = slots  # tokens that attention looks back on
         self.pos = 0  # tokens read
         self.k = self.v = None  # (B, nh, tokens kept, hs)
-        self.ffn = None  # merged gate and up (B, D, H), down (B, H, D)
+        self.merged = None  # the FFN: gate and up (B, D, H), down (B, H, D)
 
     def remember(self, k, v):
         """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
@@ -318,10 +323,10 @@ class Lory(nn.Module):
         parameter has a random generator of its own, seeded by (seed, name), and all experts get the same
         numbers. So models of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. Equal experts teach it nothing: all de_i = <dW, θ_i> are equal, and
-        a softmax learns from their differences only. If the router is zero, all e_i are equal too. Then the
-        experts get equal gradients, and stay equal for ever. With a random router, expert i gets the sum of
-        e(k)_i dW(k) over segments k, which no other expert gets. The experts part, and the router learns."""
+        The router must not begin at zero. While the experts θ_i are equal, all de_i are equal, and then the
+        softmax passes no gradient to the router. If the router is zero as well, all e_i are equal, so all
+        dθ_i are equal, and the experts stay equal for ever. With a random router the e_i differ, and so do
+        the dθ_i = Σ_k e(k)_i dW(k), sums over segments k. The experts part, and then the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -330,7 +335,7 @@ class Lory(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
             drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)
-            p.copy_(drawn.to(p.device))  # every expert gets the same
+            p.copy_(drawn.to(p.device))  # every expert gets the same (in, out)
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
@@ -352,7 +357,8 @@ class Lory(nn.Module):
         x, e = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            flat = logits.flatten(0, 1)  # (B * L, V)
+            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
             if self.training:
                 loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
         return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
@@ -367,15 +373,14 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        With dW the gradient of the merged FFN, an expert gets dW / E where a dense FFN would get dW. Adam's
-        update is the same when all gradients are E times smaller, but for its epsilon. Clipping does see a
-        difference: the norm of all experts together is √E times smaller. After warm-up an expert gets e_i dW,
-        about as much as before, so Adam's averages need no reset."""
+        The mean is dW / E, where a dense FFN would get dW. Adam divides a gradient by its usual size, so its
+        update is that of a dense FFN, but for its epsilon. Clipping sees the experts' norm √E times smaller.
+        After warm-up an expert gets e_i dW, about as much as before, so Adam's averages need no reset."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # in theory it is 0; Adam would amplify rounding
+                p.grad.zero_()  # it is 0 but for rounding, which Adam would scale up to a full step
 
     @torch.no_grad()
     def tie_experts(self):
@@ -428,7 +433,7 @@ class Lory(nn.Module):
             raise UserError(f'specialize reads one prompt, (1, L), and was given {len(idx)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
         for i, cache in enumerate(caches):
-            merged = zip(('gate', 'up', 'down'), cache.ffn or ())  # a dense layer has none
+            merged = zip(('gate', 'up', 'down'), cache.merged or ())  # a dense layer has none
             state |= {f'blocks.{i}.ffn.{name}': weight for name, weight in merged}  # (1, in, out) each
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
@@ -530,7 +535,7 @@ def run_script(main):
     except UserError as error:
         sentence = str(error)
     except (RuntimeError, MemoryError) as error:
-        if 'allocate' not in str(error):
+        if 'allocate' not in str(error):  # torch's messages say so, on a CPU and on a GPU
             raise
         sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
@@ -559,7 +564,8 @@ def atomic_open(path, mode='wb', **kw):
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it in one
+        # torch.save turns the OSError of a full disk into a RuntimeError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         raise UserError(f'cannot write {path} ({cause.strerror}), and what was there is unchanged: free some '

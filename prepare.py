@@ -5,10 +5,11 @@ From documents to training data: read, hold out, chain similar documents, tokeni
     python prepare.py --input essays/ a.txt b.jsonl    your own: folders, text files, JSONL with "text"
     python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
-Lory routes each segment by the segment before it, so neighbouring segments must have something to do with
-each other. Random documents packed into one sequence would break that at every joint, so documents are put
-in order of similarity (Sec. 3.2, App. C). The paper embeds with Contriever and searches with FAISS. TF-IDF
-and exact search need no model and no GPU, and find the same order on every machine.
+Lory routes each segment by the segment before it. Where random documents meet, that one says nothing about
+the next. So the paper puts similar documents next to each other (Sec. 3.2, App. C), and so does this script.
+(At our small size, models of shuffled text are as good or better: experiments/README.md measures it.) The
+paper embeds with Contriever and searches with FAISS. TF-IDF and exact search need no model and no GPU, and
+find the same order on every machine.
 
     documents -> equal ones out -> hold out -> near-duplicates out -> TF-IDF vectors -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one stream of tokens for train.py to cut
@@ -34,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import regex
-import tiktoken  # scikit-learn is imported where it is used: train.py and sample.py only want the readers
+import tiktoken
 
 from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script, tell
 
@@ -111,7 +112,8 @@ def read_builtin(mb_per_domain):
         files += [file for file in metadata.files(library) or ()
                   if file.suffix in ('.py', '.h', '.hpp', '.cuh')
                   and '/ATen/ops/' not in str(file)]  # that folder is generated
-    # The same shuffle for everyone. hold_out sorts by the plain sha1, so this one has a salt.
+    # The same shuffle for everyone. With a salt, so that the files read first are not those that hold_out
+    # takes, which go by their plain sha1.
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         try:
@@ -137,9 +139,9 @@ def read_builtin(mb_per_domain):
 
 # --- A user's own text. ---
 
-def walk(path, seen):
-    """The files at or below `path`, but no hidden ones. Of datasets and runs of ours only the folder's name,
-    which read_inputs reports as skipped. Links are followed, and nothing is visited twice."""
+def find_files(path, seen):
+    """The files at or below `path`, but no hidden ones. A folder that holds a dataset or a run of ours stands
+    for itself, and read_inputs reports it as skipped. Links are followed, and nothing is visited twice."""
     place = os.path.realpath(path)
     if place in seen:
         return []
@@ -150,7 +152,7 @@ def walk(path, seen):
         children = sorted(path.iterdir())
     except OSError:  # a file, or a folder that may not be opened
         return [path]
-    return [file for child in children if not child.name.startswith('.') for file in walk(child, seen)]
+    return [file for child in children if not child.name.startswith('.') for file in find_files(child, seen)]
 
 
 def read_jsonl(text, source, domain):
@@ -179,7 +181,7 @@ def read_inputs(paths):
     if len(set(names)) < len(names):
         names = paths  # two of one name go by their paths as given
     seen, docs, skipped = set(), [], []
-    files = [(file, path, name) for path, name in zip(paths, names) for file in walk(Path(path), seen)]
+    files = [(file, path, name) for path, name in zip(paths, names) for file in find_files(Path(path), seen)]
     for file, path, name in track('reading', files):
         inside = (name, *file.relative_to(path).parts)
         source, domain = '/'.join(inside), inside[1] if len(inside) > 2 else name
@@ -219,7 +221,7 @@ def hold_out(docs, val_fraction):
     """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
 
     Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
-    If these give less than half of it, the end of a larger one is held out, too."""
+    Where those that fit give less than half of the goal, the end of the longest document is held out, too."""
     docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
     for doc in docs:
         domains[doc.domain][doc.source] += len(doc.text.encode())
@@ -291,6 +293,7 @@ WORD = regex.compile(r'\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{Han}|\p{L}+')  # parts c
 def embed(texts):
     """TF-IDF vectors of length 1 (or 0), a sparse matrix (n_docs, n_terms). Weights are multiples of 2^-16:
     float64 holds their products and sums exactly, so every machine finds the same neighbours and ties."""
+    # Imported here, because it takes a second: train.py and sample.py only want the readers of this file.
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfVectorizer
     # A term of one document relates it to none. A term of over 5% of them (and over 100) says too little.
@@ -422,9 +425,9 @@ def make_tokenizer(name, vocab_size=0, texts=()):
     if name not in ('bpe', 'byte') and os.path.isfile(name):
         try:
             is_json = name.endswith('.json')
-            d = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
-            load_tokenizer(d).encode_single_token(EOT)
-            return d
+            tokenizer = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
+            load_tokenizer(tokenizer).encode_single_token(EOT)
+            return tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     if name in ('bpe', 'byte'):
@@ -445,17 +448,17 @@ def make_tokenizer(name, vocab_size=0, texts=()):
             'tokens': [base64.b64encode(token).decode() for token in tokens]}
 
 
-def load_tokenizer(d):
+def load_tokenizer(tokenizer):
     """The tiktoken.Encoding of a parsed tokenizer.json. No file, no network, no cache."""
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(d['tokens']) if token}
-    return tiktoken.Encoding(d['name'], pat_str=d['pattern'], mergeable_ranks=ranks,
-                             special_tokens=d['special_tokens'])
+    ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer['tokens']) if token}
+    return tiktoken.Encoding(tokenizer['name'], pat_str=tokenizer['pattern'], mergeable_ranks=ranks,
+                             special_tokens=tokenizer['special_tokens'])
 
 
-def token_bytes(d):
+def token_bytes(tokenizer):
     """The bytes in each token id of a parsed tokenizer.json, 0 for special tokens. (vocab_size,)"""
-    sizes = [len(base64.b64decode(token)) for token in d['tokens']]
-    return sizes + [0] * (max(d['special_tokens'].values()) + 1 - len(sizes))
+    sizes = [len(base64.b64decode(token)) for token in tokenizer['tokens']]
+    return sizes + [0] * (max(tokenizer['special_tokens'].values()) + 1 - len(sizes))
 
 
 def encode(encoding, text):

@@ -75,13 +75,13 @@ def naive_lory(ffn, x):
     for sequence in x:  # (L, D)
         segments = sequence.split(ffn.segment_len)  # of T tokens each; the last one may be shorter
         for k, segment in enumerate(segments):
-            # What routes a segment? Not itself, for a token would hear those that follow it. The one before
-            # does (causal segment routing, Sec. 3.1), or always the first (prefix routing, Sec. 5.1). The
-            # first has none before it. The router's bias alone routes it, or, in the paper, its own mean,
-            # from which the router may learn nothing.
+            # What routes a segment? Not itself, for then a token would depend on those that follow it. The
+            # one before does (causal segment routing, Sec. 3.1), or always the first (prefix routing, Sec.
+            # 5.1). The first has none before it. The router's bias alone routes it, or, in the paper, its own
+            # mean, with the gradient stopped.
             if k > 0:
-                heard = segments[k - 1] if ffn.routing == 'causal' else segments[0]
-                logits = ffn.router.weight @ (sum(heard) / len(heard)) + ffn.router.bias  # (E,)
+                before = segments[k - 1] if ffn.routing == 'causal' else segments[0]
+                logits = ffn.router.weight @ (sum(before) / len(before)) + ffn.router.bias  # (E,)
             elif ffn.first_segment == 'self':
                 logits = (ffn.router.weight @ (sum(segment) / len(segment)) + ffn.router.bias).detach()
             else:
@@ -89,6 +89,7 @@ def naive_lory(ffn, x):
             e = torch.exp(logits) / torch.exp(logits).sum()  # (E,), Eq. 3
             # Merge the experts, matrix by matrix (Sec. 2.2). All tokens of the segment go through the
             # merged FFN, a SwiGLU as in LLaMA.
+            # gate and up (D, H), down (H, D)
             gate, up, down = (sum(e[i] * p[i] for i in range(len(e))) for p in (ffn.gate, ffn.up, ffn.down))
             for token in segment:  # (D,)
                 g = token @ gate  # (H,)
@@ -269,26 +270,29 @@ def test_paper_presets_have_the_papers_sizes():
 
 # --- lory.py: generation, against passes over the whole text. ---
 
-@pytest.mark.parametrize('n_layer, block_size', [(2, 30), (1, 12)])
-def test_generation_is_one_merge_by_the_prompts_mean(n_layer, block_size):
+@pytest.mark.parametrize('n_layer, block_size, P, first_segment', [
+    (2, 30, 9, 'prior'), (1, 12, 9, 'prior'), (2, 30, 1, 'prior'), (2, 30, 1, 'self')])
+def test_generation_is_one_merge_by_the_prompts_mean(n_layer, block_size, P, first_segment):
     """prefill and decode are the dense model of the experts averaged as the mean of the prompt says, each
-    sequence its own. In one layer, tokens beyond block_size = 12 see what a pass over the last 12 sees."""
-    model = randomize(Lory(tiny_config(n_layer=n_layer, block_size=block_size)))
+    sequence its own. A single token is no text: the prior, if there is one, goes before its mean. In one
+    layer, tokens beyond block_size = 12 see what a pass over the last 12 sees."""
+    model = randomize(Lory(tiny_config(n_layer=n_layer, block_size=block_size, first_segment=first_segment)))
     idx, entered = torch.randint(50, (2, 30)), []
     for block in model.blocks:
         block.ffn.register_forward_pre_hook(lambda ffn, args: entered.append(args[0]))
-    logits, weights, caches = model.prefill(idx[:, :9])
-    heard = [x.mean(1) for x in entered]  # (B, D), one for each layer
-    decoded = [logits] + [model.decode(idx[:, t], caches) for t in range(9, 30)]
+    logits, weights, caches = model.prefill(idx[:, :P])
+    means = [x.mean(1) for x in entered]  # (B, D), one for each layer
+    decoded = [logits] + [model.decode(idx[:, t], caches) for t in range(P, 30)]
     for b in range(2):
-        dense = model.specialize(idx[b:b + 1, :9])
+        dense = model.specialize(idx[b:b + 1, :P])
         for i, (block, merged) in enumerate(zip(model.blocks, dense.blocks)):
-            e = block.ffn.router(heard[i][b]).softmax(0)
+            by_prior = P == 1 and first_segment == 'prior'
+            e = (block.ffn.router.bias if by_prior else block.ffn.router(means[i][b])).softmax(0)
             assert_close(weights[b, i, 0], e)
             for name in ('gate', 'up', 'down'):
                 average = torch.einsum('e,eio->io', e, block.ffn.get_parameter(name))
                 assert_close(merged.ffn.get_parameter(name)[0], average)
-        for n, logits in enumerate(decoded, 9):  # after n tokens
+        for n, logits in enumerate(decoded, P):  # after n tokens
             whole_pass = dense(idx[b:b + 1, max(0, n - block_size):n])[0]  # (1, L, V)
             assert_close(logits[b], whole_pass[0, -1], rtol=1e-5, atol=1e-6)
 

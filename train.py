@@ -148,7 +148,7 @@ def main(argv=None, build=Lory):
         f'epochs, on {world} x {device} in {str(dtype)[6:]}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = [], 0  # seconds of each step since the start, and of the last validation and save
+    times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
     signals, handlers = catch_signals()
     stop = False
 
@@ -237,7 +237,8 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# What cannot change with --init_from=FILE, and within a run. Other sizes, and other data, do not fit later.
+# What cannot change: with --init_from=FILE, whose weights have one shape, and with --init_from=resume, where
+# the steps made so far would not fit the rest of the run.
 SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}
 FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 
@@ -287,7 +288,7 @@ def pick_device(args):
         elif device == 'cpu':
             fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
-    # What autocast leaves in float32 may use TF32 on CUDA, unless all matmuls are in float32.
+    # On CUDA, matmuls that autocast leaves in float32 may use TF32. Not in a run all in float32.
     torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
@@ -313,7 +314,7 @@ def check_fit(saved, args, data):
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    n = max(1, (n_tokens - L) // L)
+    n = max(1, (n_tokens - L) // L)  # one fewer than would fit, so that there is room for the offset
     rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(L, n_tokens - n * L))
     return offset + L * rng.permutation(n)
@@ -401,7 +402,8 @@ def validation_windows(split, domains, L, limit=0):
     text is left out, and one shorter than a window is one short window."""
     windows = {}
     for d, name in enumerate(domains):
-        lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]  # prepare.py writes domain by domain
+        # prepare.py writes domain by domain. This one ends where the first document of the next one begins.
+        lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]
         starts = range(lo, hi - L, L) or range(lo, hi - 1, L)
         if 0 < limit < len(starts):
             starts = [starts[i * len(starts) // limit] for i in range(limit)]
@@ -414,37 +416,38 @@ def validation_windows(split, domains, L, limit=0):
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """All ranks evaluate all windows: sharded blocks are gathered by all at once, and no figure is exchanged.
-    -> figures, a row for log.csv: bits per byte and perplexity over all positions, and after segment 1
-       ("later"). Unless tied, also experts in use, the share with a weight above 2/E in any segment after the
-       first (App. G.1, which counts over 10 training steps).
+    -> figures, a row for log.csv: bits per byte and perplexity of each domain, over all positions and after
+       segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
+       above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
     -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     exact = torch.float32 if device.type == 'mps' else torch.float64
-    sums = torch.zeros(len(windows), 2, 3, dtype=exact, device=device)  # all or later; nats, tokens, bytes
-    routing = torch.zeros(len(windows), n_layer, E, device=device)
+    figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     model.eval()
-    for d, chosen in enumerate(windows.values()):
+    for d, (name, chosen) in enumerate(windows.items()):
+        nats, n_bytes = [], []
         for i in range(0, len(chosen), micro):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
-            size = token_bytes[y]  # (B, L); <|endoftext|> has no bytes and is not counted
-            terms = torch.stack([nats.view_as(y) * (size > 0), size > 0, size])  # (3, B, L)
-            sums[d, 0] += terms.sum((1, 2))
-            sums[d, 1] += terms[:, :, T:].sum((1, 2))
+            flat = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
+            nats.append(flat.view_as(y))  # (B, L)
+            n_bytes.append(token_bytes[y])  # (B, L)
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
             used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
+        nats, n_bytes = torch.cat(nats).to(exact), torch.cat(n_bytes)  # (n_windows, L) both
+        for when, start in ('', 0), ('later_', T):
+            size = n_bytes[:, start:]  # <|endoftext|> has no bytes and is not counted
+            total = (nats[:, start:] * (size > 0)).sum()
+            figures[f'{when}bpb_{name}'] = (total / size.sum() / math.log(2)).item()
+            figures[f'{when}ppl_{name}'] = (total / (size > 0).sum()).exp().item()
     model.train()
-    nats, tokens, size = sums.cpu().unbind(-1)  # (n_domains, 2) each
-    bpb, ppl = nats / size / math.log(2), (nats / tokens).exp()
-    figures = dict(val_bpb=bpb[:, 0].mean().item(), later_bpb=bpb[:, 1].nanmean().item())
-    for d, name in enumerate(windows):
-        figures |= {f'bpb_{name}': bpb[d, 0].item(), f'ppl_{name}': ppl[d, 0].item(),
-                    f'later_bpb_{name}': bpb[d, 1].item(), f'later_ppl_{name}': ppl[d, 1].item()}
+    for when, mean in ('', 'val_bpb'), ('later_', 'later_bpb'):
+        bpb = [figures[f'{when}bpb_{name}'] for name in windows]  # not a number where no segment follows
+        figures[mean] = torch.tensor(bpb, dtype=torch.float64).nanmean().item()
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
         figures['experts'] = (used > 0).float().mean().item()
     return figures, routing.cpu()
@@ -497,12 +500,12 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
     ax.set(xlabel='step', ylabel='bits per byte', title='training, and validation by domain',
            ylim=(None, 1.1 * max(val[0][f'bpb_{name}'] for name in domains)))
     ax.legend(fontsize=8)
-    figures = {'loss.png': loss}
+    pictures = {'loss.png': loss}
 
     n_layer, E = routing.shape[1:]
     if E > 1 and rows[-1]['step'] > tied_until:  # before that the router has learned nothing
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
-        figures['experts.png'], axes = fig, fig.subplots(1, n_layer, squeeze=False, sharey=True)
+        pictures['experts.png'], axes = fig, fig.subplots(1, n_layer, squeeze=False, sharey=True)
         for layer, ax in enumerate(axes[0]):
             image = ax.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), aspect='auto',
                               extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
@@ -510,7 +513,7 @@ def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
             ax.set_yticks(range(len(domains)), labels)
         bar = fig.colorbar(image, ax=axes, label='mean routing weight (white line: 1/E)')
         bar.ax.axhline(1 / E, color='w')
-    for name, fig in figures.items():
+    for name, fig in pictures.items():
         with atomic_open(f'{out_dir}/{name}') as f:
             fig.savefig(f, format='png', dpi=110)
 

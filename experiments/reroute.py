@@ -19,15 +19,16 @@ class ReroutedFFN(LoryFFN):
     def forward_cached(self, x, cache):
         """The prompt (B, L, D), then a token (B, 1, D). -> output, routing weights (B, N, E) or None"""
         T = self.segment_len
-        if cache.ffn is None:
+        if cache.merged is None:
             y, e = self(x)
-            cache.ffn = self.merged(e[:, -1])
+            cache.merged = self.merged(e[:, -1])
             started = (x.shape[1] - 1) // T * T  # where the last segment begins
             cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
             return y, e
         before = cache.pos - 1  # tokens read before this one
         if before % T == 0 and (self.routing == 'causal' or before == T):
-            cache.ffn = self.merged(self.routing_weights(cache.total[:, None] / T))  # of one token, the mean
+            mean = cache.total[:, None] / T  # (B, 1, D), as if it were a segment of one token
+            cache.merged = self.merged(self.routing_weights(mean))
             cache.total = 0
         cache.total = cache.total + x[:, 0]
         return super().forward_cached(x, cache)
