@@ -268,8 +268,8 @@ def read_settings(argv):
         if chosen[name] != settled[name]:
             raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave out --{name} and '
                             'any --preset.')
-    if args.shard and ('RANK' not in os.environ or args.dtype == 'float16'):
-        raise UserError('--shard needs torchrun and a dtype other than float16: or say --shard=False.')
+    if args.shard and 'RANK' not in os.environ:
+        raise UserError('--shard needs torchrun: start the run with it, or say --shard=False.')
     return args, config, saved
 
 
