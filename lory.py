@@ -122,9 +122,10 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        self.gate = nn.Parameter(torch.empty(E, D, H))  # filled by Lory.init_weights
-        self.up = nn.Parameter(torch.empty(E, D, H))
-        self.down = nn.Parameter(torch.empty(E, H, D))
+        # Lory.init_weights draws these anew.
+        self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
+        self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
+        self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
@@ -308,9 +309,10 @@ class Lory(nn.Module):
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
-        self.config, self.ffn_name = config, ffn.__name__  # a checkpoint stores both
+        self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, ffn) for _ in range(config.n_layer))
+        self.ffn_name = type(self.blocks[0].ffn).__name__  # a checkpoint stores it
         self.norm = nn.RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -396,9 +398,9 @@ class Lory(nn.Module):
     def prefill(self, idx):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
-        L = idx.shape[1]
-        if not 1 <= L <= self.config.block_size:
-            raise UserError(f'the prompt has {L} tokens: give it 1 to block_size={self.config.block_size}.')
+        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise UserError(f'the prompt is {tuple(idx.shape)}: make it (B, L) with 1 <= L <= '
+                            f'block_size={self.config.block_size}.')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
                             "model's own tokenizer.")
@@ -428,9 +430,10 @@ class Lory(nn.Module):
         return torch.cat([idx[:, :0], *new], 1)
 
     def specialize(self, idx):
-        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L)."""
+        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L), unless its FFN
+        overrides LoryFFN.forward."""
         if len(idx) != 1:
-            raise UserError(f'specialize reads one prompt, (1, L), and was given {len(idx)}.')
+            raise UserError(f'specialize reads one prompt, (1, L), and was given {tuple(idx.shape)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
         for i, cache in enumerate(caches):
             merged = zip(('gate', 'up', 'down'), cache.merged or ())  # a dense layer has none
@@ -450,11 +453,11 @@ class Lory(nn.Module):
 
     @torch.no_grad()
     def fill(self, state, ffn_name=None):
-        """Take the weights of a state dict. Those of a dense model fill every expert, and the router stays as
-        it is. UserError if they do not fit, or come from another class of FFN than this model's."""
+        """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
+        router stays as it is. UserError if they do not fit, or come from another class of FFN."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
-        for name, p in self.named_parameters():
+        for name, p in self.state_dict().items():
             if name in state or '.router.' not in name:
                 try:
                     p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
@@ -483,7 +486,7 @@ def draw(logits, temperature, top_k, top_p):
         return logits.argmax(-1)
     logits = (logits - logits.max(-1, keepdim=True).values).float() / temperature
     p, token = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both, the likeliest first
-    if top_k:
+    if top_k > 0:
         p = p[:, :top_k]
     p = p / p.sum(-1, keepdim=True)
     p = p * (p.cumsum(-1) - p <= top_p)  # drops a token if those likelier than it hold more than top_p
@@ -518,10 +521,10 @@ def make_parser(doc):
 
 
 def tell(text, end='\n'):
-    """Print at once. When the reader has gone, as `| tee` has after Ctrl-C, go on in silence."""
+    """Print at once. When that fails, as it does after `| tee` has gone with Ctrl-C, go on in silence."""
     try:
         print(text, end=end, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -578,12 +581,19 @@ def atomic_open(path, mode='wb', **kw):
 FORMAT = 2  # of checkpoints
 
 
-def save_checkpoint(path, model, weights=None, **rest):
-    """Write a Lory and the plain values in `rest` to path, atomically. `weights` is its state dict, if the
-    caller has it already."""
-    rest |= dict(format=FORMAT, layer=model.ffn_name, config=asdict(model.config))
+def save_checkpoint(path, model, tokenizer, weights=None, **rest):
+    """Write a Lory, its tokenizer (the content of tokenizer.json) and the plain values in `rest` to path,
+    atomically. `weights` is its state dict, if the caller has it already."""
+    model = getattr(model, '_orig_mod', model)  # inside what torch.compile returns
+    rest |= dict(format=FORMAT, layer=model.ffn_name, config=asdict(model.config), tokenizer=tokenizer)
     with atomic_open(path) as f:
         torch.save(dict(rest, model=weights or model.state_dict()), f)
+        f.flush()
+        try:
+            torch.load(f.name, weights_only=True, mmap=True)  # which reads all but the numbers in tensors
+        except pickle.UnpicklingError as error:
+            raise UserError(f'{path} was not written: a checkpoint holds tensors and plain values only, so '
+                            'give a tokenizer as its dict, and numbers as int and float.') from error
 
 
 def read_checkpoint(path):

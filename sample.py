@@ -68,8 +68,6 @@ def main(argv=None, build=Lory):
         raise UserError(f'{args.save_dense} exists: choose another --save_dense.')
     device = usable_device(args.device)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device, build)
-    if 'tokenizer' not in ckpt:
-        raise UserError('this checkpoint has no tokenizer: save it with save_checkpoint(..., tokenizer=...).')
     tokenizer = load_tokenizer(ckpt['tokenizer'])
     text = read_prompt(args.start)
     prompt = torch.tensor([[tokenizer.eot_token] + encode(tokenizer, text)], device=device)  # (1, L)
@@ -78,7 +76,7 @@ def main(argv=None, build=Lory):
     if args.show_routing:
         show_routing(routing[0, :, -1])
     if args.save_dense:
-        save_checkpoint(args.save_dense, model.specialize(prompt), tokenizer=ckpt['tokenizer'])
+        save_checkpoint(args.save_dense, model.specialize(prompt), ckpt['tokenizer'])
         print(f'dense model written; now try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)

@@ -205,21 +205,22 @@ def main(argv=None, build=Lory):
             check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
             say(f'step {step:6d} | {validation_line(figures, windows)}')
-            if rank == 0:
-                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
 
         # --- save ---
         if validate or stop:
             weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                       optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'],
-                       tokenizer=data.tokenizer)
+                       optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
+                if args.init_from != 'resume' and not pause:  # the first save of a new run
+                    check_unused(args.out_dir)  # again, because another may have begun there meanwhile
                 write_log(f'{args.out_dir}/log.csv', rows)
-                if validate and last_is_best(rows):
-                    save_checkpoint(f'{args.out_dir}/best.pt', model, weights, **run)
+                if validate:
+                    plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
+                    if last_is_best(rows):
+                        save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 # Written last: after a crash the run resumes from the old one and writes the others again.
-                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, weights, **run)
+                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
             pause = time.perf_counter() - paused
 
     for which, handler in handlers.items():
@@ -253,14 +254,14 @@ def read_settings(argv):
     latest = f'{args.out_dir}/ckpt.pt'
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
-        if 'args' not in saved:
+        if 'tied_until' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
         settled = saved['args'] | saved['config']
-    elif os.path.exists(latest):
-        raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
         settled = saved['config'] | dict(dataset=saved.get('args', {}).get('dataset', 'builtin'))
+    if args.init_from != 'resume':
+        check_unused(args.out_dir)
     args = parser.parse_args(argv, Namespace(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir)))
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
     chosen = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
@@ -271,6 +272,12 @@ def read_settings(argv):
     if args.shard and 'RANK' not in os.environ:
         raise UserError('--shard needs torchrun: start the run with it, or say --shard=False.')
     return args, config, saved
+
+
+def check_unused(out_dir):
+    """UserError if out_dir holds a run, which a new one would overwrite."""
+    if any(os.path.exists(f'{out_dir}/{name}') for name in ('ckpt.pt', 'best.pt')):
+        raise UserError(f'{out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
 
 
 def pick_device(args):
@@ -422,7 +429,6 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
-    exact = torch.float32 if device.type == 'mps' else torch.float64
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     model.eval()
@@ -438,19 +444,20 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
             used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
-        nats, n_bytes = torch.cat(nats).to(exact), torch.cat(n_bytes)  # (n_windows, L) both
+        nats, n_bytes = torch.cat(nats).cpu().double(), torch.cat(n_bytes).cpu()  # (n_windows, L) both
         for when, start in ('', 0), ('later_', T):
             size = n_bytes[:, start:]  # <|endoftext|> has no bytes and is not counted
             total = (nats[:, start:] * (size > 0)).sum()
             figures[f'{when}bpb_{name}'] = (total / size.sum() / math.log(2)).item()
             figures[f'{when}ppl_{name}'] = (total / (size > 0).sum()).exp().item()
     model.train()
+    means = {}
     for when, mean in ('', 'val_bpb'), ('later_', 'later_bpb'):
         bpb = [figures[f'{when}bpb_{name}'] for name in windows]  # not a number where no segment follows
-        figures[mean] = torch.tensor(bpb, dtype=torch.float64).nanmean().item()
+        means[mean] = torch.tensor(bpb, dtype=torch.float64).nanmean().item()
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
         figures['experts'] = (used > 0).float().mean().item()
-    return figures, routing.cpu()
+    return means | figures, routing.cpu()
 
 
 def validation_line(figures, names):
@@ -555,7 +562,7 @@ def share(p, whole):
 
 def load_weights(model, saved):
     """Take the weights of a checkpoint. Those of a dense model fill every expert."""
-    params = dict(model.named_parameters(remove_duplicate=False))  # a tied head has two names
+    params = model.state_dict()
     weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
     model.fill(weights, saved['layer'])
 

@@ -122,7 +122,7 @@ def specialized(dense, model, data, token_bytes):
         experts[f'of {domain}'] = {d: statistics.mean(bpb[d] for bpb in each) for d in windows}
     uniform = model.specialize(prompt)
     uniform.fill({name: p.mean(0, keepdim=True) if p.dim() == 3 else p
-                  for name, p in model.named_parameters()})
+                  for name, p in model.state_dict().items()})
     experts |= {'uniform': by_domain(uniform), 'all, routed': by_domain(model), 'dense run': by_domain(dense)}
     print('\n2. dense experts: bits per byte on each domain')
     print(f'{"expert":14}' + ''.join(f'{d:>9}' for d in windows))

@@ -193,7 +193,7 @@ def train_and_measure(part, config, folder):
     def save():
         weights, averages = get_state_dict(model, optimizer, options=train.WHOLE)
         if dist.get_rank() == 0:
-            save_checkpoint(f'{folder}/{FILE}', model, weights, optimizer=averages)
+            save_checkpoint(f'{folder}/{FILE}', model, None, weights, optimizer=averages)
 
     def timed_update(tied):
         began = time.perf_counter()

@@ -179,8 +179,7 @@ def test_main(tmp_path, monkeypatch, capsys):
     for run, E, seed, step in (('runs/dense-1', 1, 1, 9), ('runs/dense-2', 1, 2, 9), ('runs/e8-1', 4, 1, 8),
                                ('mine', 4, 1, 8)):
         model = Lory(small(vocab_size=257, n_experts=E, block_size=320), seed=seed)
-        save_checkpoint(f'{run}/ckpt.pt', model, step=step, args=dict(seed=seed, max_iters=9),
-                        tokenizer=tokenizer)
+        save_checkpoint(f'{run}/ckpt.pt', model, tokenizer, step=step, args=dict(seed=seed, max_iters=9))
     argv = ['--questions=6', '--result=r.json', '--checkpoint', 'mine/ckpt.pt']
     downstream.main(argv)
     printed = capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_short_first_is_causal_at_every_position(L):
 
 def test_a_checkpoint_of_another_layer_loads_with_build_and_only_then(tmp_path):
     model, idx = Lory(small(), ffn=ShortFirstFFN).eval(), torch.randint(50, (2, 24))
-    save_checkpoint(tmp_path / 'ckpt.pt', model, step=3)
+    save_checkpoint(tmp_path / 'ckpt.pt', model, None, step=3)
     again, ckpt = load_checkpoint(tmp_path / 'ckpt.pt', build=partial(Lory, ffn=ShortFirstFFN))
     assert torch.equal(model(idx)[0], again(idx)[0]) and ckpt['step'] == 3
     with pytest.raises(UserError, match='ShortFirstFFN') as refusal:

@@ -74,7 +74,7 @@ def rank_of_four(rank, folder):
             update(whole, whole, optimizer, idx, tied=False)
         if rank == 0:
             weights, averages = get_state_dict(whole, optimizer, options=train.WHOLE)
-            save_checkpoint(name, whole, weights, optimizer=averages)
+            save_checkpoint(name, whole, None, weights, optimizer=averages)
         dist.barrier()
         saved = read_checkpoint(name)
         train.load_weights(model, saved)

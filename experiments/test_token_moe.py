@@ -192,7 +192,7 @@ def test_the_flags_choose_the_layer_and_how_it_is_drawn(flags, layer, drawn_apar
 @pytest.mark.parametrize('layer', [ExpertChoiceFFN, SwitchFFN, MixtralFFN])
 def test_a_checkpoint_loads_with_build_and_only_then(layer, tmp_path):
     model, idx = ApartLory(small(), ffn=layer).eval(), torch.randint(50, (2, 24))
-    save_checkpoint(tmp_path / 'ckpt.pt', model, step=3)
+    save_checkpoint(tmp_path / 'ckpt.pt', model, None, step=3)
     again, ckpt = load_checkpoint(tmp_path / 'ckpt.pt', build=partial(Lory, ffn=layer))
     assert torch.equal(model(idx)[0], again(idx)[0]) and ckpt['step'] == 3
     with pytest.raises(UserError, match=layer.__name__) as refusal:

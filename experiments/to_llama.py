@@ -111,8 +111,6 @@ def main(argv=None):
     if os.path.isfile(args.out) or os.path.isdir(args.out) and os.listdir(args.out):
         raise UserError(f'{args.out} exists and is no empty folder: choose another --out.')
     model, ckpt = load_checkpoint(args.checkpoint)
-    if 'tokenizer' not in ckpt:
-        raise UserError('this checkpoint has no tokenizer: save it with save_checkpoint(..., tokenizer=...).')
     encoding = load_tokenizer(ckpt['tokenizer'])
     if model.config.n_experts > 1:
         text = read_prompt(args.start)
