@@ -151,6 +151,14 @@ class LoryFFN(nn.Module):
             before = own[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): always by segment 1
         return torch.cat([first, before], 1)  # (B, N, E)
 
+    def route_prompt(self, x):
+        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
+        that follows. It may route itself, because none of its tokens is predicted. -> (B, 1, E)"""
+        if x.shape[1] == 1 and self.first_segment == 'prior':
+            # Ours: an empty prompt is <|endoftext|> alone, which is nothing like the mean of a text.
+            return self.router.bias.softmax(-1).expand(len(x), 1, -1)
+        return self.routing_weights(x)[:, None]
+
     def merged(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
@@ -173,16 +181,11 @@ class LoryFFN(nn.Module):
         return y.view(B, N * T, D)[:, :L], e
 
     def forward_cached(self, x, cache):
-        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and for
-        every token (B, 1, D) after it. The prompt may route itself, because none of its tokens is predicted.
-        `cache` keeps the merged FFN, see Cache.
-        -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
+        """Generation: the prompt (B, L, D), then a token (B, 1, D) a call. `cache` keeps the merged FFN, see
+        Cache. -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
         e = None
         if cache.merged is None:  # this is the prompt
-            e = self.routing_weights(x)[:, None]  # (B, 1, E)
-            if x.shape[1] == 1 and self.first_segment == 'prior':
-                # Ours: an empty prompt is <|endoftext|> alone, which is nothing like the mean of a text.
-                e = self.router.bias.softmax(-1).expand_as(e)
+            e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merged(e[:, 0])
         return swiglu(x, *cache.merged), e
 
@@ -301,9 +304,9 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route`, which generation does not call. In general MyFFN is
-    any module that is built from a config, is called with (x, cache) and returns (output, routing weights).
-    An `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
+    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. In general MyFFN is any module
+    that is built from a config, is called with (x, cache) and returns (output, routing weights). An
+    `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
     takes those of three dimensions for experts (E, in, out).
     """
 

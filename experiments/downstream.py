@@ -50,13 +50,13 @@ LONGEST = max(PROMPTS)
 
 
 class PromptFFN(LoryFFN):
-    """The mean of the first `prompt` tokens routes once, for these and for all that follow. On a prompt with
-    a continuation it gives in one pass what Lory.prefill and Lory.decode give token by token."""
+    """The first `prompt` tokens route once, for themselves and for all that follow. On a prompt with a
+    continuation it gives in one pass what Lory.prefill and Lory.decode give token by token."""
     prompt = None
 
     def forward(self, x, cache=None):  # (B, L, D) -> (B, L, D), routing weights (B, 1, E)
-        e = self.routing_weights(x[:, :self.prompt])  # (B, E)
-        return swiglu(x, *self.merged(e)), e[:, None]
+        e = self.route_prompt(x[:, :self.prompt])  # (B, 1, E)
+        return swiglu(x, *self.merged(e[:, 0])), e
 
 
 def models(ckpt):
