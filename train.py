@@ -149,7 +149,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
-    signals, handlers = catch_signals()
+    signals = catch_signals()
     stop = False
 
     while step < args.max_iters and not stop:
@@ -223,8 +223,6 @@ def main(argv=None, build=Lory):
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
             pause = time.perf_counter() - paused
 
-    for which, handler in handlers.items():
-        signal.signal(which, handler)
     if dist.is_initialized():
         running = optimizer = None  # a wrapper that outlives its process group may abort at exit
         gc.collect()
@@ -358,16 +356,15 @@ def learning_rate(step, args):
 
 
 def catch_signals():
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end, and the handlers to put back. A second
-    signal does what it would without us."""
-    signals, handlers = [], {}
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second one is KeyboardInterrupt."""
+    signals = []
 
     def note(which, frame):
         signals.append(which)
-        signal.signal(which, handlers[which])
+        signal.signal(which, signal.default_int_handler)
     for which in (signal.SIGINT, signal.SIGTERM):
-        handlers[which] = signal.signal(which, note)
-    return signals, handlers
+        signal.signal(which, note)
+    return signals
 
 
 def over_ranks(loss, norm, n_signals, world):
