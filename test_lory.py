@@ -1063,6 +1063,9 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
     """Bit for bit. Ctrl-C saves where it comes: before, at and after the end of dense warm-up, which is
     step 15. A run that is killed goes on from its last checkpoint."""
     whole, out, flags = run_home / 'whole', run_home / 'stopped', TINY
+    with at_call('save_checkpoint', 2, crash), suppress(MemoryError):
+        run_script(train, run_home, *flags, '--out_dir=stopped')
+    assert set(os.listdir(out)) == {'best.pt', 'log.csv'}  # with no state to go on from, it begins again
     for name, number, action, saved in (('get_batch', 7, ctrl_c, 7),
                                         ('get_batch', 2, crash, 7),
                                         ('save_checkpoint', 1, crash, 7),  # in step 10, before best.pt
@@ -1151,12 +1154,9 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
                  '--eval_windows=1', '--dense_warmup=.1'):
         with refused(flag[2:].split('=')[0]):
             resume(flag)
-    (tmp_path / 'best').mkdir()
-    shutil.copy(tmp_path / 'whole/best.pt', tmp_path / 'best')
-    for out in ('whole', 'best'):  # would overwrite another run
-        with refused('resume'):
-            run_script(train, tmp_path, *TINY, f'--out_dir={out}')
-    with refused('resume'), at_call('get_batch', 3, (tmp_path / 'ckpt.pt').touch):  # that began meanwhile
+    with refused('resume'):
+        run_script(train, tmp_path, *TINY, '--out_dir=whole')  # would overwrite a finished run
+    with refused('resume'), at_call('get_batch', 3, (tmp_path / 'ckpt.pt').touch):  # or one begun meanwhile
         run_script(train, tmp_path, *TINY, '--out_dir=.')
     ckpt = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]
     for fields in (ckpt['args'], ckpt['config']):  # as if the checkpoint were older than this field

@@ -274,7 +274,7 @@ def read_settings(argv):
 
 def check_unused(out_dir):
     """UserError if out_dir holds a run, which a new one would overwrite."""
-    if any(os.path.exists(f'{out_dir}/{name}') for name in ('ckpt.pt', 'best.pt')):
+    if os.path.exists(f'{out_dir}/ckpt.pt'):
         raise UserError(f'{out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
 
 
