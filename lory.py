@@ -32,16 +32,16 @@ One letter, one meaning, in every shape comment:
 
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
-    T  segment_len                 E  n_experts                              hs  head size, D / nh
+    T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs, B * N
-    e  routing weights (S, E)      W  merged weights (S, in, out)
+    e  routing weights (B, N, E)   W  merged weights (S, in, out)
     h  mean of a segment (..., D)  in, out  D and H, or H and D
 
-In generation S is B: each sequence has one merged FFN.
+To merge, e is flattened to (S, E). In generation S is B: each sequence has one merged FFN.
 
-Ours, not the paper's: that prior and the router bias that holds it, dense warm-up by tying gradients, tied
-embeddings by default (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop, and a
-good first read.
+Ours, not the paper's: that prior and the router bias that holds it, which also routes a prompt of one token;
+dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
+test_lory.py is this layer as a plain loop, and a good first read.
 """
 import argparse
 import math
@@ -72,7 +72,7 @@ def option(default, help, choices=None):
 class LoryConfig:
     """Shape of the model. Raises UserError when the fields do not fit together."""
     vocab_size: int = 2048  # no flag: the tokenizer of the data decides
-    block_size: int = option(1024, 'L, tokens in a training sequence, and the most that a new one sees')
+    block_size: int = option(1024, 'L, tokens in a training sequence; a generated token sees the last L')
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
@@ -110,7 +110,8 @@ def merge(e, theta):
 
 
 def swiglu(x, gate, up, down):
-    """The FFN (arXiv:2002.05202). x (..., D), gate and up (..., D, H), down (..., H, D) -> (..., D)"""
+    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D). The dense
+    model has one FFN for all, without the S."""
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -122,7 +123,7 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        # Lory.init_weights draws these anew.
+        # For use outside of a Lory, whose init_weights draws them anew.
         self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
@@ -155,7 +156,7 @@ class LoryFFN(nn.Module):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
         that follows. It may route itself, because none of its tokens is predicted. -> (B, 1, E)"""
         if x.shape[1] == 1 and self.first_segment == 'prior':
-            # Ours: an empty prompt is <|endoftext|> alone, which is nothing like the mean of a text.
+            # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
             return self.router.bias.softmax(-1).expand(len(x), 1, -1)
         return self.routing_weights(x)[:, None]
 
@@ -177,17 +178,17 @@ class LoryFFN(nn.Module):
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
         # This equals swiglu(x, *self.merged(e)), in less memory: see lean_swiglu.
-        y = lean_swiglu(x.view(B * N, T, D), e.flatten(0, 1), self.gate, self.up, self.down)  # (S, T, D)
+        x, e_flat = x.view(B * N, T, D), e.flatten(0, 1)  # (S, T, D), (S, E)
+        y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
     def forward_cached(self, x, cache):
-        """Generation: the prompt (B, L, D), then a token (B, 1, D) a call. `cache` keeps the merged FFN, see
-        Cache. -> output (B, L, D), the prompt's routing weights (B, 1, E) or None"""
-        e = None
+        """Generation: the prompt (B, L, D), then a token (B, 1, D) a call, all with the FFN that the prompt
+        made. See Cache. -> output (B, L, D), the prompt's routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
-            e = self.route_prompt(x)  # (B, 1, E)
-            cache.merged = self.merged(e[:, 0])
-        return swiglu(x, *cache.merged), e
+            cache.e = self.route_prompt(x)  # (B, 1, E)
+            cache.merged = self.merged(cache.e[:, 0])
+        return swiglu(x, *cache.merged), cache.e
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
@@ -208,8 +209,8 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ instead of transposing W. torch.compile would see merge(e, θ) twice, compute it once and
-        # keep it in memory until here.
+        # Merge θᵀ rather than transpose W. Otherwise torch.compile sees merge(e, θ) twice, computes it once,
+        # and keeps it in memory until here.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
@@ -242,7 +243,7 @@ def rotation(pos, hs):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs)."""
+    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs). cos and sin (L, hs/2) -> (B, nh, L, hs)"""
     a, b = x.chunk(2, -1)  # (B, nh, L, hs/2) both
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -255,7 +256,7 @@ class Cache:
         self.slots = slots  # tokens that attention looks back on
         self.pos = 0  # tokens read
         self.k = self.v = None  # (B, nh, tokens kept, hs)
-        self.merged = None  # the FFN: gate and up (B, D, H), down (B, H, D)
+        self.e = self.merged = None  # of the prompt (B, 1, E); the FFN: gate and up (B, D, H), down (B, H, D)
 
     def remember(self, k, v):
         """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
@@ -344,8 +345,9 @@ class Lory(nn.Module):
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
-        (B, N, E); with caches (B, 1, E), for the prompt only"""
-        x, routing, L = self.embed(idx), [], idx.shape[1]  # (B, L, D)
+        (B, N, E); with caches (B, 1, E), those of the prompt"""
+        x = self.embed(idx)  # (B, L, D)
+        routing, L = [], idx.shape[1]
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
@@ -378,9 +380,10 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        The mean is dW / E, where a dense FFN would get dW. Adam divides a gradient by its usual size, so its
+        The mean is 1/E of what a dense FFN would get. Adam divides a gradient by its usual size, so its
         update is that of a dense FFN, but for its epsilon. Clipping sees the experts' norm √E times smaller.
-        After warm-up an expert gets e_i dW, about as much as before, so Adam's averages need no reset."""
+        After warm-up expert i gets Σ_k e(k)_i dW(k), about as much as before, so Adam's averages need no
+        reset."""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -485,12 +488,11 @@ class Lory(nn.Module):
 
 def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
-    if temperature < 1e-30:  # 0 is greedy, and so is what float32 would round to 0
+    if temperature < 1e-5:  # 0 is greedy
         return logits.argmax(-1)
-    logits = (logits - logits.max(-1, keepdim=True).values).float() / temperature
-    p, token = logits.softmax(-1).sort(-1, descending=True)  # (B, V) both, the likeliest first
+    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) both
     if top_k > 0:
-        p = p[:, :top_k]
+        p = p[:, :top_k]  # (B, top_k), the likeliest
     p = p / p.sum(-1, keepdim=True)
     p = p * (p.cumsum(-1) - p <= top_p)  # drops a token if those likelier than it hold more than top_p
     return token.gather(-1, torch.multinomial(p, 1))[:, 0]

@@ -3,7 +3,7 @@ Continue a prompt from a checkpoint alone: the tokenizer is inside.
 
     python sample.py                                           a few hundred tokens from the last run
     python sample.py --start='def main(' --temperature=0       your own prompt, greedy
-    python sample.py --start=FILE:notes.txt --show_routing     a prompt from a file, and the experts it chose
+    python sample.py --start=FILE:notes.txt --show_routing     a prompt from a file; its expert weights
 
 The prompt routes once: each layer merges its experts into one FFN, and from there on the model is dense
 (Sec. 3.1). `--save_dense=FILE` keeps that dense model, as a checkpoint like any other.

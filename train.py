@@ -72,7 +72,7 @@ def flags():
     flag('beta1', 0.9, 'memory of AdamW for the gradient', below=1)
     flag('beta2', 0.95, 'memory of AdamW for its square', below=1)
     flag('grad_clip', 1.0, 'gradient norm above which gradients are scaled down; 0: never')
-    flag('eval_interval', 750, 'updates between validations, each of which saves ckpt.pt', low=1)
+    flag('eval_interval', 750, 'updates between validations; a validation saves ckpt.pt', low=1)
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
     flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', low=1)
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
@@ -119,7 +119,7 @@ def main(argv=None, build=Lory):
     config.vocab_size = len(token_bytes)
     with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
         model = build(config, seed=args.seed)  # experts begin equal, so this is the dense model
-    running = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
+    wrapped = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         check_fit(saved, args, data)
         load_weights(model, saved)
@@ -134,7 +134,7 @@ def main(argv=None, build=Lory):
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
-        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
+        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, first planned as {planned:.2e}')
         if step > args.max_iters:
             raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
     saved = None  # free its memory
@@ -149,8 +149,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
-    signals = catch_signals()
-    stop = False
+    signals, stop, new = catch_signals(), False, args.init_from != 'resume'
 
     while step < args.max_iters and not stop:
         # --- one update ---
@@ -164,9 +163,9 @@ def main(argv=None, build=Lory):
             first = ((step * args.gradient_accumulation_steps + i) * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
             # DDP reads this: exchange gradients once, after the last piece.
-            running.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+            wrapped.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
-                micro_loss = running(x, y)[1] / args.gradient_accumulation_steps
+                micro_loss = wrapped(x, y)[1] / args.gradient_accumulation_steps
             scaler.scale(micro_loss).backward()
             total += micro_loss.detach()
         scaler.unscale_(optimizer)
@@ -212,8 +211,9 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                if args.init_from != 'resume' and not pause:  # the first save of a new run
-                    check_unused(args.out_dir)  # again, because another may have begun there meanwhile
+                if new:
+                    check_unused(args.out_dir)  # again, because another run may have begun there meanwhile
+                new = False
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
@@ -224,7 +224,7 @@ def main(argv=None, build=Lory):
             pause = time.perf_counter() - paused
 
     if dist.is_initialized():
-        running = optimizer = None  # a wrapper that outlives its process group may abort at exit
+        wrapped = optimizer = None  # a wrapper that outlives its process group may abort at exit
         gc.collect()
         dist.destroy_process_group()
     if step < args.max_iters:
@@ -236,8 +236,7 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# What cannot change: with --init_from=FILE, whose weights have one shape, and with --init_from=resume, where
-# the steps made so far would not fit the rest of the run.
+# Settings that must be the checkpoint's: to take its weights, and to go on with its run as if never stopped.
 SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}
 FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 
@@ -262,9 +261,9 @@ def read_settings(argv):
         check_unused(args.out_dir)
     args = parser.parse_args(argv, Namespace(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir)))
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
-    chosen = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
+    settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
     for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
-        if chosen[name] != settled[name]:
+        if settings[name] != settled[name]:
             raise UserError(f'{name}={settled[name]} of the checkpoint cannot change: leave out --{name} and '
                             'any --preset.')
     if args.shard and 'RANK' not in os.environ:
@@ -435,8 +434,8 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
-            flat = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
-            nats.append(flat.view_as(y))  # (B, L)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
+            nats.append(loss.view_as(y))  # (B, L)
             n_bytes.append(token_bytes[y])  # (B, L)
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)

@@ -17,14 +17,14 @@ class ReroutedFFN(LoryFFN):
     weights than a LoryFFN, so it reads the same checkpoints."""
 
     def forward_cached(self, x, cache):
-        """The prompt (B, L, D), then a token (B, 1, D). -> output, routing weights (B, N, E) or None"""
+        """The prompt (B, L, D), then a token (B, 1, D). -> output, the prompt's routing weights (B, N, E)"""
         T = self.segment_len
         if cache.merged is None:
-            y, e = self(x)
-            cache.merged = self.merged(e[:, -1])
+            y, cache.e = self(x)
+            cache.merged = self.merged(cache.e[:, -1])
             started = (x.shape[1] - 1) // T * T  # where the last segment begins
             cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
-            return y, e
+            return y, cache.e
         before = cache.pos - 1  # tokens read before this one
         if before % T == 0 and (self.routing == 'causal' or before == T):
             mean = cache.total[:, None] / T  # (B, 1, D), as if it were a segment of one token
