@@ -595,7 +595,7 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
         torch.save(dict(rest, model=weights or model.state_dict()), f)
         f.flush()
         try:
-            torch.load(f.name, weights_only=True, mmap=True)  # which reads all but the numbers in tensors
+            torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # all but the numbers in tensors
         except pickle.UnpicklingError as error:
             raise UserError(f'{path} was not written: a checkpoint holds tensors and plain values only, so '
                             'give a tokenizer as its dict, and numbers as int and float.') from error
@@ -623,7 +623,7 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, device='cpu', build=Lory):
-    """-> the model stored at path, on `device` and in eval mode, and the dict that it was stored in.
+    """-> the model stored at path (float32, on `device`, in eval mode), and the dict that it was stored in.
     `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for an FFN of your own."""
     ckpt = read_checkpoint(path)
     model = build(LoryConfig(**ckpt['config']))

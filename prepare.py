@@ -450,6 +450,8 @@ def make_tokenizer(name, vocab_size=0, texts=()):
 
 def load_tokenizer(tokenizer):
     """The tiktoken.Encoding of a parsed tokenizer.json. No file, no network, no cache."""
+    if tokenizer is None:
+        raise UserError('this checkpoint has no tokenizer: give save_checkpoint that of the training data.')
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer['tokens']) if token}
     return tiktoken.Encoding(tokenizer['name'], pat_str=tokenizer['pattern'], mergeable_ranks=ranks,
                              special_tokens=tokenizer['special_tokens'])

@@ -17,7 +17,7 @@ import torch
 
 from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint, tell,
                   usable_device)
-from prepare import encode, load_tokenizer
+from prepare import encode, load_tokenizer, token_bytes
 
 
 def flags():
@@ -68,7 +68,7 @@ def main(argv=None, build=Lory):
         raise UserError(f'{args.save_dense} exists: choose another --save_dense.')
     device = usable_device(args.device)
     model, ckpt = load_checkpoint(args.checkpoint or f'{args.out_dir}/ckpt.pt', device, build)
-    tokenizer = load_tokenizer(ckpt['tokenizer'])
+    tokenizer, size = load_tokenizer(ckpt['tokenizer']), token_bytes(ckpt['tokenizer'])
     text = read_prompt(args.start)
     prompt = torch.tensor([[tokenizer.eot_token] + encode(tokenizer, text)], device=device)  # (1, L)
 
@@ -87,7 +87,7 @@ def main(argv=None, build=Lory):
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
         for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
             count += 1
-            if token.item() == tokenizer.eot_token:
+            if not size[token.item()]:  # <|endoftext|>, or an id that stands for nothing
                 break
             new = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
             tell(new, end='')

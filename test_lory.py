@@ -1008,6 +1008,11 @@ def test_validation_against_one_token_at_a_time(run_home):
         assert figures[f'{key or "val_"}bpb'] == pytest.approx(mean)
     assert figures['experts'] == pytest.approx(in_use.float().mean())
     assert 'experts' not in train.evaluate(model, windows, size, 3, nullcontext(), tied=True)[0]
+    lost = Lory(tiny_config(tie_embeddings=False))
+    lost.embed.weight.data[6] = math.nan
+    windows = dict(a=[np.full(25, 5)], b=[np.full(25, 6)])
+    figures = train.evaluate(lost, windows, torch.ones(50), 1, nullcontext())[0]
+    assert math.isfinite(figures['bpb_a']) and math.isnan(figures['val_bpb']), 'a lost domain is not hidden'
 
 
 LOSSES = [3.92877, 3.89642, 3.78070, 3.73069, 3.66252, 3.65812, 3.62614, 3.57949, 3.53947, 3.56094,
@@ -1214,6 +1219,9 @@ def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     for script, argv in ((train, ['--init_from=resume', '--max_iters=40']), (sample, [])):
         with refused('Nearer'):
             run_script(script, run_home, *argv, out)
+    flags = SimpleNamespace(shard=True, compile=False, activation_checkpointing=False)
+    with refused('buffers'):
+        train.wrap(model, flags, 'cpu', 2)
 
 
 def rank_main(rank, home, runs):
@@ -1327,18 +1335,24 @@ def test_sample_draws_by_seed_after_a_prompt_from_a_file(run_home, sampled):
 
 
 def test_a_sample_ends_with_the_document_and_shows_half_a_character(run_home, sampled, monkeypatch):
-    tokenizer = prepare.load_tokenizer(load_checkpoint(run_home / 'whole/ckpt.pt')[1]['tokenizer'])
+    model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
+    tokenizer = prepare.load_tokenizer(ckpt['tokenizer'])
     half = tokenizer.encode_single_token('é'.encode()[:1])
     tokens = torch.tensor([*tokenizer.encode_ordinary(' end'), half, tokenizer.eot_token, 65])
     monkeypatch.setattr(Lory, 'stream', lambda *args: iter(tokens[:, None]))
     assert sampled('--start=The') == 'The end\N{REPLACEMENT CHARACTER}\n'
+    # An id that stands for nothing, as cl100k has, ends it, too.
+    ckpt['tokenizer']['tokens'][half] = ''
+    save_checkpoint(run_home / 'gap.pt', model, ckpt['tokenizer'])
+    assert sampled('--start=The', '--checkpoint=gap.pt') == 'The end\n'
 
 
 @pytest.mark.parametrize('flag, word', [
     ('--start=FILE:none', 'none'), ('--start=FILE:data/own/train.bin', 'UTF-8'), ('--device=foo', 'device'),
     ('--start=\udcff', 'UTF-8'), ('--start=' + 'word ' * 100, 'size'), ('--out_dir=nowhere', 'nowhere'),
-    ('--save_dense=whole/ckpt.pt', 'exists')])
-def test_sample_refuses_bad_values(sampled, flag, word):
+    ('--save_dense=whole/ckpt.pt', 'exists'), ('--checkpoint=plain.pt', 'no tokenizer')])
+def test_sample_refuses_bad_values(run_home, sampled, flag, word):
+    save_checkpoint(run_home / 'plain.pt', Lory(tiny_config()), None)
     with refused(word):
         sampled(flag)
 

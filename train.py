@@ -134,7 +134,7 @@ def main(argv=None, build=Lory):
         if saved['scaler']:
             scaler.load_state_dict(saved['scaler'])
         planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
-        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, first planned as {planned:.2e}')
+        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
         if step > args.max_iters:
             raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
     saved = None  # free its memory
@@ -252,7 +252,8 @@ def read_settings(argv):
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
         if 'tied_until' not in saved:
-            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest}.')
+            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest} and '
+                            'another --out_dir.')
         settled = saved['args'] | saved['config']
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
@@ -318,7 +319,7 @@ def check_fit(saved, args, data):
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    n = max(1, (n_tokens - L) // L)  # one fewer than would fit, so that there is room for the offset
+    n = max(1, (n_tokens - L) // L)  # which leaves room for the offset
     rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(L, n_tokens - n * L))
     return offset + L * rng.permutation(n)
@@ -421,7 +422,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """All ranks evaluate all windows: sharded blocks are gathered by all at once, and no figure is exchanged.
     -> figures, a row for log.csv: bits per byte and perplexity of each domain, over all positions and after
        segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
-       above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
+       above 2/E in any segment after the first, or in the only one (App. G.1 counts over 10 training steps).
     -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
@@ -447,10 +448,10 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             figures[f'{when}bpb_{name}'] = (total / size.sum() / math.log(2)).item()
             figures[f'{when}ppl_{name}'] = (total / (size > 0).sum()).exp().item()
     model.train()
-    means = {}
-    for when, mean in ('', 'val_bpb'), ('later_', 'later_bpb'):
-        bpb = [figures[f'{when}bpb_{name}'] for name in windows]  # not a number where no segment follows
-        means[mean] = torch.tensor(bpb, dtype=torch.float64).nanmean().item()
+    bpb = [figures[f'bpb_{name}'] for name in windows]
+    later = [figures[f'later_bpb_{name}'] for name in windows]  # not a number where no segment follows
+    means = dict(val_bpb=statistics.fmean(bpb),
+                 later_bpb=torch.tensor(later, dtype=torch.float64).nanmean().item())
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
         figures['experts'] = (used > 0).float().mean().item()
     return means | figures, routing.cpu()
@@ -533,9 +534,11 @@ def wrap(model, args, device, world):
         for part in model.blocks if args.shard else [model]:
             part.compile()
     if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
-        mesh = init_device_mesh(device.split(':')[0], (world,))
         if model.config.n_embd % world or model.config.ffn_hidden % world:
             raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
+        if list(model.buffers()):
+            raise UserError('--shard splits parameters, and these FFNs have buffers: say --shard=False.')
+        mesh = init_device_mesh(device.split(':')[0], (world,))
         for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
             fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
         model.to_empty(device=device)
