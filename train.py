@@ -217,7 +217,8 @@ def main(argv=None, build=Lory):
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
-                    if last_is_best(rows):
+                    # Judged after segment 1, which with first_segment=self sees ahead.
+                    if figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'val_bpb' in row):
                         save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 # Written last: after a crash the run resumes from the old one and writes the others again.
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
@@ -422,8 +423,9 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """All ranks evaluate all windows: sharded blocks are gathered by all at once, and no figure is exchanged.
     -> figures, a row for log.csv: bits per byte and perplexity of each domain, over all positions and after
        segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
-       above 2/E in any segment after the first, or in the only one (App. G.1 counts over 10 training steps).
-    -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)"""
+       above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
+    -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)
+    Where nothing follows segment 1, "later" and "after" mean all there is."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
@@ -442,16 +444,14 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
             used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
         nats, n_bytes = torch.cat(nats).cpu().double(), torch.cat(n_bytes).cpu()  # (n_windows, L) both
-        for when, start in ('', 0), ('later_', T):
+        for when, start in ('', 0), ('later_', T if T < n_bytes.shape[1] else 0):
             size = n_bytes[:, start:]  # <|endoftext|> has no bytes and is not counted
             total = (nats[:, start:] * (size > 0)).sum()
             figures[f'{when}bpb_{name}'] = (total / size.sum() / math.log(2)).item()
             figures[f'{when}ppl_{name}'] = (total / (size > 0).sum()).exp().item()
     model.train()
-    bpb = [figures[f'bpb_{name}'] for name in windows]
-    later = [figures[f'later_bpb_{name}'] for name in windows]  # not a number where no segment follows
-    means = dict(val_bpb=statistics.fmean(bpb),
-                 later_bpb=torch.tensor(later, dtype=torch.float64).nanmean().item())
+    means = dict(val_bpb=statistics.fmean(figures[f'bpb_{name}'] for name in windows),
+                 later_bpb=statistics.fmean(figures[f'later_bpb_{name}'] for name in windows))
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
         figures['experts'] = (used > 0).float().mean().item()
     return means | figures, routing.cpu()
@@ -460,19 +460,11 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
 def validation_line(figures, names):
     """What `evaluate` found, as the log shows it."""
     line = f'validation {figures["val_bpb"]:.4f} bits per byte'
-    if math.isfinite(figures['later_bpb']):
+    if figures['later_bpb'] != figures['val_bpb']:
         line += f', {figures["later_bpb"]:.4f} after segment 1'
     if 'experts' in figures:
         line += f' | experts in use {100 * figures["experts"]:.0f}%'
     return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in names)
-
-
-def last_is_best(rows):
-    """Is the last validation the best? Segment 1 does not count if others follow: with first_segment=self it
-    sees ahead."""
-    val = [row for row in rows if 'val_bpb' in row]
-    name = 'later_bpb' if math.isfinite(val[-1]['later_bpb']) else 'val_bpb'
-    return val[-1][name] == min(row[name] for row in val)
 
 
 # --- What a run leaves behind, beside its checkpoints. ---
