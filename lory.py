@@ -101,17 +101,17 @@ class LoryConfig:
                             'embeddings turn pairs of channels in each head.')
 
 
-# --- The idea, on one screen: route each segment by the one before it, merge the experts, run the result. ---
+# --- The idea: route each segment by the one before it, merge the experts, run the result. ---
 
 def merge(e, theta):
-    """Average experts in parameter space, Σ_i e_i θ_i. (S, E), (E, in, out) -> (S, in, out)"""
+    """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (S, E), (E, in, out) -> (S, in, out)"""
     flat = e.to(theta.dtype) @ theta.flatten(1)  # (S, in * out)
     return flat.view(-1, *theta.shape[1:])
 
 
 def swiglu(x, gate, up, down):
-    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D). The dense
-    model has one FFN for all, without the S."""
+    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D). In the
+    dense model one FFN serves all: x (B, L, D), gate and up (D, H), down (H, D)."""
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -152,14 +152,6 @@ class LoryFFN(nn.Module):
             before = own[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): always by segment 1
         return torch.cat([first, before], 1)  # (B, N, E)
 
-    def route_prompt(self, x):
-        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
-        that follows. It may route itself, because none of its tokens is predicted. -> (B, 1, E)"""
-        if x.shape[1] == 1 and self.first_segment == 'prior':
-            # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
-            return self.router.bias.softmax(-1).expand(len(x), 1, -1)
-        return self.routing_weights(x)[:, None]
-
     def merged(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
@@ -170,17 +162,26 @@ class LoryFFN(nn.Module):
         T = min(self.segment_len, L)  # a text shorter than a segment is one short segment
         N = math.ceil(L / T)
         if self.router is None:
-            return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(B, 1 if cache else N, 1)
+            e = x.new_ones(B, N if cache is None else 1, 1)
+            return swiglu(x, self.gate[0], self.up[0], self.down[0]), e
         if cache is not None:
             return self.forward_cached(x, cache)
         if N * T > L:
             # Pad the last segment. The zeros make its mean wrong, but no segment follows for it to route.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
-        # This equals swiglu(x, *self.merged(e)), in less memory: see lean_swiglu.
         x, e_flat = x.view(B * N, T, D), e.flatten(0, 1)  # (S, T, D), (S, E)
+        # This equals swiglu(x, *self.merged(e_flat)), in less memory: see lean_swiglu.
         y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
+
+    def route_prompt(self, x):
+        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
+        that follows. It may route itself, because none of its tokens is predicted. -> (B, 1, E)"""
+        if x.shape[1] == 1 and self.first_segment == 'prior':
+            # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
+            return self.router.bias.softmax(-1).expand(len(x), 1, -1)
+        return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
         """Generation: the prompt (B, L, D), then a token (B, 1, D) a call, all with the FFN that the prompt
@@ -213,7 +214,7 @@ class MergedLinear(torch.autograd.Function):
         # and keeps it in memory until here.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
-        dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out)
+        dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out), in the dtype of x as under autocast
         # In the dtype of θ, float32 in training. The router learns from how de differs between experts, and
         # just after warm-up experts differ by less than bfloat16 resolves.
         de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
@@ -256,7 +257,8 @@ class Cache:
         self.slots = slots  # tokens that attention looks back on
         self.pos = 0  # tokens read
         self.k = self.v = None  # (B, nh, tokens kept, hs)
-        self.e = self.merged = None  # of the prompt (B, 1, E); the FFN: gate and up (B, D, H), down (B, H, D)
+        self.e = None  # (B, 1, E), the prompt's routing weights
+        self.merged = None  # the FFN they make: gate and up (B, D, H), down (B, H, D)
 
     def remember(self, k, v):
         """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
@@ -307,8 +309,9 @@ class Lory(nn.Module):
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. In general MyFFN is any module
     that is built from a config, is called with (x, cache) and returns (output, routing weights). An
-    `aux_loss` that it sets is added to the loss in training. Lory.init_weights fills its parameters, and
-    takes those of three dimensions for experts (E, in, out).
+    `aux_loss` that it sets is added to the loss in training. Names and shapes of its parameters matter:
+    those of three dimensions are experts (E, in, out), and those in a submodule `router` rest in dense
+    warm-up and do not count as active. init_weights fills them all, `down` with smaller numbers.
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -436,8 +439,8 @@ class Lory(nn.Module):
         return torch.cat([idx[:, :0], *new], 1)
 
     def specialize(self, idx):
-        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L), unless its FFN
-        overrides LoryFFN.forward."""
+        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L). Not for a class of
+        FFN with a `forward` of its own."""
         if len(idx) != 1:
             raise UserError(f'specialize reads one prompt, (1, L), and was given {tuple(idx.shape)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]

@@ -132,6 +132,7 @@ def main(argv=None, build=Lory):
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
         scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} but in float16
+        # A new max_iters bends the schedule. The rate by the saved flags is shown beside the present one.
         planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
         if step > args.max_iters:
@@ -148,7 +149,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
-    signals, stop, new = catch_signals(), False, args.init_from != 'resume'
+    signals, stop, first_save = catch_signals(), False, args.init_from != 'resume'
 
     while step < args.max_iters and not stop:
         # --- one update ---
@@ -210,9 +211,9 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                if new:
+                if first_save:
                     check_unused(args.out_dir)  # again, because another run may have begun there meanwhile
-                new = False
+                first_save = False
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate:
                     plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
@@ -236,7 +237,8 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# Settings that must be the checkpoint's: to take its weights, and to go on with its run as if never stopped.
+# Settings that must agree with the checkpoint. SHAPE: to take its weights at all. FIXED: to go on with its
+# run as if it had never stopped.
 SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}
 FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 
@@ -384,7 +386,7 @@ def check_finite(step, loss):
 
 
 def time_left(step, seconds, pause, args):
-    """Estimated from the steps and validations still to come; each validation saves, too."""
+    """Estimated from the steps and validations still to come, also that of this step. Each saves, too."""
     validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
     return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
