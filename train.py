@@ -131,7 +131,7 @@ def main(argv=None, build=Lory):
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} but in float16
+        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # it is {} but in float16
         # A new max_iters bends the schedule. The rate by the saved flags is shown beside the present one.
         planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
