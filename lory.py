@@ -408,7 +408,7 @@ class Lory(nn.Module):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f'the prompt has the shape {tuple(idx.shape)}: it must be (B, L), with L from 1 to '
+            raise UserError(f'the prompt has the shape {tuple(idx.shape)}: it must be (B, L), with 1 to '
                             f'block_size={self.config.block_size} tokens.')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
