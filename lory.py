@@ -598,7 +598,7 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
         torch.save(dict(rest, model=weights or model.state_dict()), f)
         f.flush()
         try:
-            torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # all but the numbers in tensors
+            torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # reads all but tensors' numbers
         except pickle.UnpicklingError as error:
             raise UserError(f'{path} was not written: a checkpoint holds tensors and plain values only, so '
                             'give a tokenizer as its dict, and numbers as int and float.') from error
