@@ -110,8 +110,8 @@ def merge(e, theta):
 
 
 def swiglu(x, gate, up, down):
-    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D). In the
-    dense model one FFN serves all: x (B, L, D), gate and up (D, H), down (H, D)."""
+    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D), in
+    generation x (B, L, D). Without a first dimension, (D, H) and (H, D), one FFN serves all x (B, L, D)."""
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -157,7 +157,7 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E)"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); with a cache (B, 1, E)"""
         B, L, D = x.shape
         T = min(self.segment_len, L)  # a text shorter than a segment is one short segment
         N = math.ceil(L / T)
@@ -216,7 +216,7 @@ class MergedLinear(torch.autograd.Function):
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out), in the dtype of x as under autocast
         # In the dtype of θ, float32 in training. The router learns from how de differs between experts, and
-        # just after warm-up experts differ by less than bfloat16 resolves.
+        # just after warm-up experts differ by less than bfloat16 (or TF32) resolves.
         de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
@@ -281,7 +281,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hs)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.remember(k, v)  # (B, nh, tokens so far, hs) both
+            k, v = cache.remember(k, v)  # (B, nh, tokens kept, hs) both
         # L > 1: a text or a prompt, with the causal mask. L = 1: a new token, which sees all that is kept.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)  # (B, nh, L, hs)
         return self.proj(y.transpose(1, 2).reshape(B, L, D))
@@ -383,10 +383,9 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        The mean is 1/E of what a dense FFN would get. Adam divides a gradient by its usual size, so its
-        update is that of a dense FFN, but for its epsilon. Clipping sees the experts' norm √E times smaller.
-        After warm-up expert i gets Σ_k e(k)_i dW(k), about as much as before, so Adam's averages need no
-        reset."""
+        The mean is 1/E of what a dense FFN would get. Adam divides a gradient by its usual size, so it moves
+        the experts as it would move the dense FFN. After warm-up expert i gets Σ_k e(k)_i dW(k), about as
+        much, so Adam's averages need no reset. (Clipping sees the experts' norm √E times smaller.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -610,13 +609,14 @@ def read_checkpoint(path):
     ckpt, rank = {}, os.environ.get('LOCAL_RANK')
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not look at the checksums.
-            if rank not in (None, '0') or archive.testzip() is None:
+            verify = rank in (None, '0')  # torch.load does not look at the checksums
+            if not verify or archive.testzip() is None:
                 ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
     except OSError as error:
         raise UserError(f'cannot read {path} ({error.strerror}): choose another, or run train.py.') from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        if 'allocate' in str(e):
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError,
+            pickle.UnpicklingError) as error:
+        if 'allocate' in str(error):
             raise  # out of memory, see run_script. All else: no zip archive, or none of torch.save's
     found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'
     if found != FORMAT:

@@ -17,8 +17,8 @@ find the same order on every machine.
     train.bin, val.bin            token ids, little-endian uint16 or uint32, documents after <|endoftext|>
     train_docs.npz, val_docs.npz  start int64 (n_docs + 1), offsets into the .bin; domain uint8 (n_docs)
     tokenizer.json                name, pattern, special_tokens, tokens (bytes in base64, in rank order)
-    meta.json                     format, vocab_size, eot, dtype, domains, arguments, seed, versions, sizes,
-                                  sha256 of each other file
+    meta.json                     format, vocab_size, eot, dtype, domains, arguments, seed, versions; tokens,
+                                  documents and bytes of train and val; sha256 of each other file
 """
 import ast
 import base64
@@ -55,7 +55,7 @@ Split = namedtuple('Split', 'tokens start domain')  # (n_tokens,) mapped from di
 Dataset = namedtuple('Dataset', 'meta tokenizer train val')  # two dicts, two Splits
 
 
-def say(label, text):
+def report(label, text):
     tell(f'{label:<18} {text}')
 
 
@@ -140,8 +140,8 @@ def read_builtin(mb_per_domain):
 # --- A user's own text. ---
 
 def find_files(path, seen):
-    """The files at or below `path`, but no hidden ones. A folder that holds a dataset or a run of ours stands
-    for itself, and read_inputs reports it as skipped. Links are followed, and nothing is visited twice."""
+    """The files at or below `path`, but no hidden ones. A folder that prepare.py or train.py made is returned
+    unopened, and read_inputs reports it as skipped. Links are followed, and nothing is visited twice."""
     place = os.path.realpath(path)
     if place in seen:
         return []
@@ -197,7 +197,7 @@ def read_inputs(paths):
             docs.append(Document(text, domain, source))
     if skipped:
         examples = ', '.join(skipped[:5])
-        say('skipped', f'{len(skipped):,} inputs without readable UTF-8 text, such as {examples}')
+        report('skipped', f'{len(skipped):,} inputs without readable UTF-8 text, such as {examples}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -220,8 +220,9 @@ def unique(docs):
 def hold_out(docs, val_fraction):
     """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
 
-    Whole sources are held out, by the sha1 of their name, whatever the seed: no file stands on both sides.
-    Where those that fit give less than half of the goal, the end of the longest document is held out, too."""
+    The goal of a domain is a number of bytes. Its sources are held out whole as long as they fit, in the
+    order of the sha1 of their names, whatever the seed: so no file stands on both sides. Where they give less
+    than half of the goal, the end of the domain's longest document is cut off and held out, too."""
     docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
     for doc in docs:
         domains[doc.domain][doc.source] += len(doc.text.encode())
@@ -263,11 +264,11 @@ def near_duplicates(val, train):
     """A training document that resembles a held-out one goes. Of others that resemble each other the first
     stays. -> training Documents, [(dropped, twin), ...]
 
-    The texts decide: Jaccard similarity of their 9-grams. MinHash proposes: the first hash after a fixed
-    point is the same in two sets with a probability equal to their similarity. Of 16 bands of four such
-    hashes, two documents of similarity 0.8 share 6.5 on average, of similarity 0.2 hardly ever one. A band
-    remembers 16 documents, and 16 are compared. So however alike documents are, time grows with their number
-    only, and so does memory, by 3 KB for each."""
+    The texts decide, by the Jaccard similarity of their 9-grams. MinHash proposes which to compare. Of each
+    of 64 fixed numbers a document notes its next larger hash. Two documents note the same one with a
+    probability equal to their similarity. Four such hashes make a band. Of 16 bands, documents of similarity
+    0.8 share 6.5 on average, of similarity 0.2 hardly ever one. A band remembers 16 documents, and 16 are
+    compared. So however alike documents are, time grows with their number only, and memory by 3 KB each."""
     docs, kept, twins, members = val + train, [], [], defaultdict(list)
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('near-duplicates', docs)):
@@ -478,12 +479,12 @@ def sha256(path):
 def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
 
-    All files are finished before the first takes its place, meta.json last. If a crash hits between two
-    renames, load_dataset refuses the mixture: the checksums in meta.json do not match."""
+    All files are finished before the first of them takes its place. If a crash hits between two renames,
+    load_dataset refuses the mixture: the checksums in meta.json do not match."""
     encoding, eot = load_tokenizer(tokenizer), tokenizer['special_tokens'][EOT]
     dtype = np.dtype('<u2' if encoding.n_vocab <= 2**16 else '<u4')
     meta = {'format': FORMAT, 'vocab_size': encoding.n_vocab, 'eot': eot, 'dtype': dtype.name, **meta}
-    with ExitStack() as stack:  # which closes the files in reverse order
+    with ExitStack() as stack:  # the files take their places at its end
         files = {name: stack.enter_context(atomic_open(path / name)) for name in sorted(FILES)}
         files['tokenizer.json'].write(json.dumps(tokenizer).encode())
         for split, docs in splits.items():
@@ -513,8 +514,8 @@ def load_dataset(path, block_size):
         for name in FILES - {'meta.json'}:
             if sha256(path / name) != meta['sha256'][name]:
                 raise ValueError(f'meta.json has another checksum of {name}')
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f'no dataset: {path} is missing or damaged ({e}); make it with prepare.py and '
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'no dataset: {path} is missing or damaged ({error}); make it with prepare.py and '
                         f'--dataset={path.name}, in the folder that holds data/.') from None
     for split in ('train', 'val'):
         tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
@@ -554,12 +555,12 @@ def main(argv=None):
     if path.name != args.dataset or args.dataset == '..':
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
     if path.exists():
-        say('note', f'what is in {path}/ now will be replaced')
+        report('note', f'what is in {path}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    say('read', f'{len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
+    report('read', f'{len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
         raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels.')
@@ -570,21 +571,21 @@ def main(argv=None):
         raise UserError(f'no domain has {4 * MIN_VAL} bytes, too little to hold some out: give more text, '
                         'in UTF-8.')
     train, twins = near_duplicates(val, train)
-    say('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
+    report('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:
         dropped, twin = (copies + twins)[0]
-        say('warning', f'that is more than half of the input: {dropped.source} counts as {twin.source}')
+        report('warning', f'that is more than half of the input: {dropped.source} counts as {twin.source}')
     if not train:
         raise UserError('nothing is left to train on: all text is held out or resembles what is held out.')
     for domain in domains:
         trained, held = (count_bytes(doc for doc in side if doc.domain == domain) for side in (train, val))
         why = ('not measured: too little text' if not held else
                'not trained: the rest resembles what is held out' if not trained else '')
-        say(f'  {domain}', f'{trained:13,} bytes to train on {held:11,} held out  {why}'.rstrip())
+        report(f'  {domain}', f'{trained:13,} bytes to train on {held:11,} held out  {why}'.rstrip())
 
     train, restarts, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
-    say('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts')
-    say('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
+    report('order', f'{args.order}, {len(train):,} training documents, {restarts:,} restarts')
+    report('adjacent cosine', f'{cosine[0]:.3f} in this order, {cosine[1]:.3f} in a random one')
     # Validation is the same for every --order, and goes domain by domain: each is measured on its own text.
     held_out, val = val, []
     for d, domain in enumerate(domains):
@@ -595,11 +596,11 @@ def main(argv=None):
     meta = save_dataset(path, {'train': train, 'val': val}, tokenizer, {
         'domains': domains, 'arguments': vars(args), 'seed': args.seed,
         'versions': {name: metadata.version(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
-    say('tokenizer', f'{args.tokenizer}, {meta["vocab_size"]:,} tokens')
+    report('tokenizer', f'{args.tokenizer}, {meta["vocab_size"]:,} tokens')
     for split in ('train', 'val'):
         n = meta[split]['tokens']
-        say(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token')
-    say(f'{path}/', 'is ready')
+        report(f'{split}.bin', f'{n:,} tokens, {meta[split]["bytes"] / n:.2f} bytes a token')
+    report(f'{path}/', 'is ready')
 
 
 if __name__ == '__main__':

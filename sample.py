@@ -45,10 +45,11 @@ def read_prompt(start):
             with open(start[5:], encoding='utf-8-sig') as f:
                 start = f.read()
         start.encode()
-    except OSError as e:
-        raise UserError(f'cannot read the prompt from {start[5:]} ({e.strerror}): check the path.') from e
-    except UnicodeError as e:
-        raise UserError('the prompt is not UTF-8 text: convert it first.') from e
+    except OSError as error:
+        raise UserError(f'cannot read the prompt from {start[5:]} ({error.strerror}): check the '
+                        'path.') from error
+    except UnicodeError as error:
+        raise UserError('the prompt is not UTF-8 text: convert it first.') from error
     return start
 
 

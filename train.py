@@ -112,6 +112,8 @@ def main(argv=None, build=Lory):
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
+    if saved:
+        check_fit(saved, args, data)
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
     token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer), device=device)  # (V,)
 
@@ -121,7 +123,6 @@ def main(argv=None, build=Lory):
         model = build(config, seed=args.seed)  # experts begin equal, so this is the dense model
     wrapped = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
-        check_fit(saved, args, data)
         load_weights(model, saved)
     # Dense warm-up needs equal experts: new ones, or those filled from a dense checkpoint.
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
@@ -132,8 +133,9 @@ def main(argv=None, build=Lory):
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
         scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # it is {} but in float16
-        # A new max_iters bends the schedule. The rate by the saved flags is shown beside the present one.
-        planned, lr = learning_rate(step, Namespace(**vars(args) | saved['args'])), learning_rate(step, args)
+        # Flags may have changed the schedule, so the log shows the rate by the old ones, too.
+        planned = learning_rate(step, Namespace(**vars(args) | saved['args']))
+        lr = learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
         if step > args.max_iters:
             raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
@@ -149,7 +151,7 @@ def main(argv=None, build=Lory):
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
-    signals, stop, first_save = catch_signals(), False, args.init_from != 'resume'
+    signals, stop = catch_signals(), False
 
     while step < args.max_iters and not stop:
         # --- one update ---
@@ -179,8 +181,9 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        # In float16 a gradient may overflow. The scaler skips that update, so only the loss must be finite.
-        check_finite(step, loss if scaler.is_enabled() else loss + norm)
+        check_finite(step, loss)
+        if not scaler.is_enabled():  # in float16 a gradient may overflow: the scaler skips that update
+            check_finite(step, norm)
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -197,31 +200,28 @@ def main(argv=None, build=Lory):
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
         # --- validate ---
-        paused = time.perf_counter()
+        paused, best = time.perf_counter(), False
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
+            # Judged after segment 1, which with first_segment=self sees ahead.
+            best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'val_bpb' in row)
             say(f'step {step:6d} | {validation_line(figures, windows)}')
+            if rank == 0:
+                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
 
         # --- save ---
         if validate or stop:
-            weights, optimizer_state = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
+            weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
-                       optimizer=optimizer_state, scaler=scaler.state_dict(), data=data.meta['sha256'])
+                       optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                if first_save:
-                    check_unused(args.out_dir)  # again, because another run may have begun there meanwhile
-                first_save = False
                 write_log(f'{args.out_dir}/log.csv', rows)
-                if validate:
-                    plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
-                    # Judged after segment 1, which with first_segment=self sees ahead.
-                    if figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'val_bpb' in row):
-                        save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
-                # Written last: after a crash the run resumes from the old one and writes the others again.
-                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
+                # ckpt.pt comes last: after a crash the run resumes from the old one and writes all again.
+                for name in ('best', 'ckpt') if best else ('ckpt',):
+                    save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
             pause = time.perf_counter() - paused
 
     if dist.is_initialized():
@@ -237,10 +237,11 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# Settings that must agree with the checkpoint. SHAPE: to take its weights at all. FIXED: to go on with its
-# run as if it had never stopped.
-SHAPE = {'n_layer', 'n_head', 'n_embd', 'ffn_hidden', 'tie_embeddings'}
-FIXED = {*(f.name for f in MODEL_FIELDS), 'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+# What must agree with the checkpoint: FIXED, to go on with its run as if it had never stopped; SHAPE, to
+# start another from its weights.
+MODEL = {f.name for f in MODEL_FIELDS}
+FIXED = MODEL | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+SHAPE = MODEL - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 
 
 def read_settings(argv):
@@ -250,19 +251,19 @@ def read_settings(argv):
     args = parser.parse_args(argv)
     if not args.out_dir:
         raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
-    latest = f'{args.out_dir}/ckpt.pt'
+    latest, preset = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
-        saved, fixed = read_checkpoint(latest), FIXED
+        saved, fixed, preset = read_checkpoint(latest), FIXED, {}  # its settings already hold the preset's
         if 'tied_until' not in saved:
             raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest} and '
                             'another --out_dir.')
         settled = saved['args'] | saved['config']
+    elif os.path.exists(latest):
+        raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
         settled = saved['config'] | dict(dataset=saved.get('args', {}).get('dataset', 'builtin'))
-    if args.init_from != 'resume':
-        check_unused(args.out_dir)
-    args = parser.parse_args(argv, Namespace(**settled | PRESETS[args.preset] | dict(out_dir=args.out_dir)))
+    args = parser.parse_args(argv, Namespace(**settled | preset | dict(out_dir=args.out_dir)))
     config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
     settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
     for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
@@ -272,12 +273,6 @@ def read_settings(argv):
     if args.shard and 'RANK' not in os.environ:
         raise UserError('--shard needs torchrun: start the run with it, or say --shard=False.')
     return args, config, saved
-
-
-def check_unused(out_dir):
-    """UserError if out_dir holds a run, which a new one would overwrite."""
-    if os.path.exists(f'{out_dir}/ckpt.pt'):
-        raise UserError(f'{out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
 
 
 def pick_device(args):
@@ -295,8 +290,6 @@ def pick_device(args):
         elif device == 'cpu':
             fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
         dtype = 'bfloat16' if fast else 'float32'
-    # On CUDA, matmuls that autocast leaves in float32 may use TF32. Not in a run all in float32.
-    torch.set_float32_matmul_precision('highest' if dtype == 'float32' else 'high')
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
         # to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB.
@@ -386,7 +379,8 @@ def check_finite(step, loss):
 
 
 def time_left(step, seconds, pause, args):
-    """Estimated from the steps and validations still to come, also that of this step. Each saves, too."""
+    """Estimated from the steps and validations (with their saving) to come. The log line comes before a
+    validation in its own step, so that one counts."""
     validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
     return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
@@ -426,7 +420,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
        segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
        above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
     -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)
-    Where nothing follows segment 1, "later" and "after" mean all there is."""
+    Of text in one segment all counts as later."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)

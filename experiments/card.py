@@ -106,7 +106,6 @@ def fake_run(monkeypatch, card):
             shape = [f'--{name}={n}' for name, n in SHAPE.items()]
             assert train.main([*shape, '--dataset=fake', '--device=card', '--out_dir=nowhere', *flags],
                               build=lambda config, seed: on_card(Lory(config, seed=seed))) == 0
-        torch.set_float32_matmul_precision('highest')
         return dict(waits.where)
     return run
 
