@@ -3,7 +3,7 @@ Inside trained Lorys: what the experts specialise in, how evenly they are used, 
 
     python experiments/inside.py                        the runs of claims.py: e8, e8 half (self), all seeds
 
-A run that stands in experiments/inside.json is not measured again.
+A run that stands in experiments/inside.json is not measured again. In float32, as claims.py trains.
 
 For each run, on held-out text: mean routing weights by layer and domain (Fig. 6, 11); how well the
 weights alone tell the domain of an unseen document; what each domain loses when one expert is taken
@@ -26,7 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 import prepare
-from claims import SEEDS
+from claims import SEEDS, commit
 from lory import LoryFFN, UserError, atomic_open, load_checkpoint, make_parser, run_script
 from train import get_batch, to_xy, validation_windows
 
@@ -36,9 +36,8 @@ GROUPS = ('e8', 'e8-half', 'e8-half-self')
 @torch.no_grad()
 def nats(model, x, y):
     """(B, L) tokens -> loss of each, (B, L), and routing weights (B, n_layer, N, E)."""
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        logits, _, e = model(x, return_routing=True)
-    return F.cross_entropy(logits.float().transpose(1, 2), y, reduction='none'), e
+    logits, _, e = model(x, return_routing=True)
+    return F.cross_entropy(logits.transpose(1, 2), y, reduction='none'), e
 
 
 def batches(windows, size=16):
@@ -136,7 +135,7 @@ def measure(model, ckpt, out):
     data = prepare.load_dataset(f'data/{ckpt["args"]["dataset"]}', model.config.block_size)
     domains = validation_windows(data.val, data.meta['domains'], model.config.block_size, 24)
     windows = list(domains.values())
-    result = dict(run=out, domains=list(domains), routing=by_domain(model, windows).tolist(),
+    result = dict(run=out, commit=commit(), domains=list(domains), routing=by_domain(model, windows).tolist(),
                   domain_accuracy=domain_accuracy(model, data), **use(model, data),
                   segment_one=segment_one(model, sum(windows, [])))
     if 'half' not in out:
