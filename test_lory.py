@@ -1156,7 +1156,7 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
         shutil.copytree(run_home / folder, tmp_path / folder)
     resume = partial(run_script, train, tmp_path, '--init_from=resume', '--out_dir=whole')
     for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1',
-                 '--eval_windows=1', '--dense_warmup=.1'):
+                 '--eval_windows=1', '--dense_warmup=.1', '--preset=0.3b'):
         with refused(flag[2:].split('=')[0]):
             resume(flag)
     with refused('resume'):

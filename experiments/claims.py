@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -47,7 +48,7 @@ GROUPS = {  # in the order in which they are made
     # Half as long: what each choice is worth, and where the gain begins at other sizes.
     'dense half': '--n_experts=1 --max_iters=3000',
     'e8 half': '--n_experts=8 --segment_len=64 --max_iters=3000',
-    # 3000 / 0.904: as long as 8 experts at T = 64 take.
+    # 3000 / 0.904: as long as 8 experts at T = 64 took at c0966a5.
     'dense half longer': '--n_experts=1 --max_iters=3319',
     'e2 half': '--n_experts=2 --segment_len=64 --max_iters=3000',
     'e32 half': '--n_experts=32 --segment_len=64 --max_iters=3000',
@@ -224,9 +225,12 @@ def report(rows):
 def report_time(rows):
     """In what share of dense's tokens and time a model ends at the final loss of dense, seed by seed. Between
     its runs of 3,000 and of 6,000 steps, each with a schedule of its own, loss falls as a line in the
-    logarithm of the steps. Time is tokens over the tokens/s of bench-default-cpu.json."""
-    with open(f'{HERE}/bench-default-cpu.json', encoding='utf-8') as f:
-        speed = {row['variant']: row['ratio'] for row in json.load(f)['rows']}
+    logarithm of the steps. Time is tokens over the median speed in bench-tries.txt."""
+    tries = defaultdict(list)  # variant -> tokens/s as a share of dense's, in each try of bench.py
+    with open(f'{HERE}/bench-tries.txt', encoding='utf-8') as f:
+        for line in f:
+            params, tok_s, ratio, *_ = line[18:].split()  # as bench.py prints them
+            tries[line[:18].strip()].append(float(ratio))
     dense = last('dense', rows)
     print('\n| To the final loss of dense | tokens | time |\n|---|---|---|')
     for group, half in HALVES.items():
@@ -236,7 +240,7 @@ def report_time(rows):
             long, short, goal = (float(runs[seed]['val_bpb']) for runs in (whole, begun, dense))
             share.append(0.5 * 2 ** ((short - goal) / (short - long)))
         if share:
-            time = [s / speed[SPEEDS[group]] for s in share]
+            time = [s / statistics.median(tries[SPEEDS[group]]) for s in share]
             print(f'| {group} | {show(share, ".2f")} | {show(time, ".2f")} |')
 
 
@@ -342,7 +346,8 @@ def main():
             pool.shutdown(cancel_futures=True)
             raise UserError('stopped; the same command goes on.') from None
     report(table(args.table))
-    report_time(table(args.table))
+    if args.table == TABLE:  # the speeds are those of the present code
+        report_time(table())
     if not args.train:
         draw(table(args.table))
     if failed:
