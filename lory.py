@@ -39,8 +39,8 @@ One letter, one meaning, in every shape comment:
 
 To merge, e is flattened to (S, E). In generation S is B: each sequence has one merged FFN.
 
-Ours, not the paper's: that prior and the router bias that holds it, which also routes a prompt of one token;
-dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
+Ours, not the paper's: the learned prior, stored as the router's bias, for segment 1 and for prompts of one
+token; dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
 test_lory.py is this layer as a plain loop, and a good first read.
 """
 import argparse
@@ -123,7 +123,7 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        # For use outside of a Lory, whose init_weights draws them anew.
+        # Drawn for use outside of a Lory. Inside of one, init_weights draws them anew.
         self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
@@ -171,7 +171,7 @@ class LoryFFN(nn.Module):
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
         x, e_flat = x.view(B * N, T, D), e.flatten(0, 1)  # (S, T, D), (S, E)
-        # This equals swiglu(x, *self.merged(e_flat)), in less memory: see lean_swiglu.
+        # This is y = swiglu(x, *self.merged(e_flat)), but merged weights are not kept for the backward pass.
         y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
@@ -309,9 +309,9 @@ class Lory(nn.Module):
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. In general MyFFN is any module
     that is built from a config, is called with (x, cache) and returns (output, routing weights). An
-    `aux_loss` that it sets is added to the loss in training. Names and shapes of its parameters matter:
-    those of three dimensions are experts (E, in, out), and those in a submodule `router` rest in dense
-    warm-up and do not count as active. init_weights fills them all, `down` with smaller numbers.
+    `aux_loss` that it sets is added to the loss in training. Names and shapes of its parameters matter.
+    Those of three dimensions are taken for experts (E, in, out). Those in a submodule `router` get no
+    gradient in dense warm-up and do not count as active. init_weights fills all, `down` with less.
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -466,12 +466,13 @@ class Lory(nn.Module):
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         for name, p in self.state_dict().items():
-            if name in state or '.router.' not in name:
-                try:
-                    p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
-                except (KeyError, RuntimeError) as error:
-                    raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
-                                    'model the n_experts and sizes of these weights.') from error
+            if '.router.' in name and name not in state:
+                continue  # a dense model has none
+            try:
+                p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
+            except (KeyError, RuntimeError) as error:
+                raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
+                                'model the n_experts and sizes of these weights.') from error
 
     def num_params(self, active=False):
         """Parameters, or only the active ones: one expert of each layer, and no router."""
@@ -536,7 +537,7 @@ def tell(text, end='\n'):
 
 
 def run_script(main):
-    """Run a script's main(). A UserError becomes one sentence on stderr and exit code 2."""
+    """Run a script's main(). A mistake that we know becomes one sentence on stderr and exit code 2."""
     sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
     try:
         sys.exit(main())
@@ -545,9 +546,13 @@ def run_script(main):
     except UserError as error:
         sentence = str(error)
     except (RuntimeError, MemoryError) as error:
-        if 'allocate' not in str(error):  # torch's messages say so, on a CPU and on a GPU
+        if 'allocate' in str(error):  # torch's messages say so, on a CPU and on a GPU
+            sentence = ('out of memory: make the model smaller, or for training raise '
+                        'gradient_accumulation_steps.')
+        elif 'C++ compiler' in str(error):
+            sentence = '--compile needs a C++ compiler: install g++, or leave it out.'
+        else:
             raise
-        sentence = 'out of memory: make the model smaller, or for training raise gradient_accumulation_steps.'
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
     sys.exit(2)
 

@@ -5,11 +5,11 @@ From documents to training data: read, hold out, chain similar documents, tokeni
     python prepare.py --input essays/ a.txt b.jsonl    your own: folders, text files, JSONL with "text"
     python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
-Lory routes each segment by the segment before it. Where random documents meet, that one says nothing about
-the next. So the paper puts similar documents next to each other (Sec. 3.2, App. C), and so does this script.
-(At our small size, models of shuffled text are as good or better: experiments/README.md measures it.) The
-paper embeds with Contriever and searches with FAISS. TF-IDF and exact search need no model and no GPU, and
-find the same order on every machine.
+Lory routes each segment by the one before it. Where a document ends and a random one begins, the segment
+before says nothing about the one after. So the paper puts similar documents next to each other (Sec. 3.2,
+App. C), and so does this script. (At our small size, models of shuffled text are as good or better:
+experiments/README.md measures it.) The paper embeds with Contriever and searches with FAISS. TF-IDF and
+exact search need no model and no GPU, and find the same order on every machine.
 
     documents -> equal ones out -> hold out -> near-duplicates out -> TF-IDF vectors -> nearest neighbours
               -> greedy walk from neighbour to unused neighbour -> one stream of tokens for train.py to cut
@@ -197,7 +197,7 @@ def read_inputs(paths):
             docs.append(Document(text, domain, source))
     if skipped:
         examples = ', '.join(skipped[:5])
-        report('skipped', f'{len(skipped):,} inputs without readable UTF-8 text, such as {examples}')
+        report('skipped', f'{len(skipped):,} inputs, no UTF-8 text or made by these scripts, as {examples}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -264,11 +264,12 @@ def near_duplicates(val, train):
     """A training document that resembles a held-out one goes. Of others that resemble each other the first
     stays. -> training Documents, [(dropped, twin), ...]
 
-    The texts decide, by the Jaccard similarity of their 9-grams. MinHash proposes which to compare. Of each
-    of 64 fixed numbers a document notes its next larger hash. Two documents note the same one with a
-    probability equal to their similarity. Four such hashes make a band. Of 16 bands, documents of similarity
-    0.8 share 6.5 on average, of similarity 0.2 hardly ever one. A band remembers 16 documents, and 16 are
-    compared. So however alike documents are, time grows with their number only, and memory by 3 KB each."""
+    The texts decide, by the Jaccard similarity of their 9-grams. MinHash proposes which to compare. At each
+    of 64 fixed numbers a document takes its smallest hash from there on. Two documents take the same one
+    with a probability equal to their similarity. Four such hashes make a band. Of 16 bands, documents of
+    similarity 0.8 share 6.5 on average, of similarity 0.2 hardly ever one. At most 16 documents are
+    remembered for a band's value, and 16 are compared. So however alike documents are, time grows with
+    their number only, and memory by 3 KB each."""
     docs, kept, twins, members = val + train, [], [], defaultdict(list)
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('near-duplicates', docs)):

@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import lory
 import prepare
 import sample
 import train
@@ -384,6 +385,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / 'f').read_text() == 'old' and os.listdir(tmp_path) == ['f']
 
 
+@pytest.mark.parametrize('message, word', [
+    ('CUDA: tried to allocate 2 GiB', 'out of memory'), ('No working C++ compiler found', 'g[+][+]'),
+    ('else', '')])
+def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(message, word, capsys):
+    def main():
+        raise RuntimeError(message)
+    with pytest.raises(SystemExit if word else RuntimeError, match='2' if word else message):
+        lory.run_script(main)
+    assert re.fullmatch(f'[^\n]*{word}[^\n]*[.]\n' if word else '', capsys.readouterr().err)
+
+
 def test_what_is_said_to_nobody_is_no_error(monkeypatch):
     """As after Ctrl-C with `| tee`, which ends first, or with `| head`, or on a full disk."""
     read, write = os.pipe()
@@ -523,7 +535,7 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
     assert [doc.domain for doc in docs] == [doc.text.split(':')[0] for doc in docs]
     assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 8
     assert docs[4].text == 'note.txt: two\nlines'
-    assert regex.search('8 inputs .* as books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
+    assert regex.search('8 inputs.* as books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
 
 
 def test_one_label_is_one_domain(tmp_path, monkeypatch):

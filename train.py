@@ -129,7 +129,7 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # saved with model, optimizer, scaler and tied_until
+    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
@@ -163,9 +163,10 @@ def main(argv=None, build=Lory):
         total = torch.zeros((), device=device)
         for i in range(args.gradient_accumulation_steps):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
-            first = ((step * args.gradient_accumulation_steps + i) * world + rank) * micro
+            piece = step * args.gradient_accumulation_steps + i
+            first = (piece * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
-            # DDP reads this: exchange gradients once, after the last piece.
+            # DDP reads this: exchange gradients once, after the last piece. FSDP2 does so after each.
             wrapped.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
             with autocast:
                 micro_loss = wrapped(x, y)[1] / args.gradient_accumulation_steps
@@ -246,8 +247,8 @@ SHAPE = MODEL - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_seg
 
 
 def read_settings(argv):
-    """-> flags, config, and the checkpoint that the run starts from or None. The checkpoint's settings become
-    the defaults, so only changes need flags."""
+    """-> flags, config, and the checkpoint that the run starts from or None. Flags are read twice: to find
+    the checkpoint, then with its settings, and the preset's over them, as defaults."""
     parser, saved, settled, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
@@ -422,7 +423,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
        segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
        above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
     -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)
-    Of text in one segment all counts as later."""
+    Where no window has a second segment, "later" is the same as all."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
