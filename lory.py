@@ -377,7 +377,8 @@ class Lory(nn.Module):
     # by, and experts should part from something that works. The paper trains a dense model first, then copies
     # its FFN into every expert. Here the experts exist from the start. Equal experts with equal gradients
     # stay equal, and merge to one FFN however they are routed: the model is dense. A training loop calls the
-    # next two methods in each step of warm-up. When the calls stop, experts part: the paper's upcycling.
+    # next two methods in each step of warm-up. When the calls stop, experts part: the paper's upcycling. (At
+    # our size a run without warm-up, whose experts begin equal all the same, ends no worse.)
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
