@@ -336,6 +336,8 @@ def test_configs_and_prompts_that_cannot_be_are_refused():
             model.generate(prompt, 3)
     with refused('one prompt'):
         model.specialize(torch.full((2, 5), 0))
+    with refused('norm.weight is missing'):
+        model.fill({name: p for name, p in model.state_dict().items() if name != 'norm.weight'})
     assert model.generate(torch.full((2, 5), 0), 0).shape == (2, 0), 'no new tokens are none'
 
 
@@ -567,6 +569,9 @@ def test_sources_are_held_out_whole(data_docs):
     assert not {doc.source for doc in val} & {doc.source for doc in train}
     assert Counter(val + train) == Counter(data_docs)
     assert set(prepare.hold_out(data_docs[::-1], .2)[0]) == set(val)
+    alike = [Document('x' * 1000, 'd', str(i)) for i in range(20)]
+    by_hash = sorted(alike, key=lambda doc: hashlib.sha1(doc.source.encode()).digest())
+    assert set(prepare.hold_out(alike, .2)[0]) == set(by_hash[:4])
     for domain in prepare.DOMAINS:
         assert .1 < data_size(val, domain) / data_size(data_docs, domain) < .35
 
