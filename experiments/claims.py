@@ -1,8 +1,8 @@
 """
 The paper's claims in miniature: the runs behind the README's tables, three seeds each, and the tables.
 
-    python experiments/claims.py                    train what is missing, two runs at a time; report
-    python experiments/claims.py --train e8 dense   train these groups only
+    python experiments/claims.py                    train what the main table lacks, two runs at a time
+    python experiments/claims.py --train e8 dense   train these groups
     python experiments/claims.py --train            train nothing, report, draw assets/claims.png
     python experiments/claims.py --train --table=runs-c0966a5.csv    the same from an older table
 
@@ -75,7 +75,7 @@ GROUPS = {  # in the order in which they are made
     'e8 half switch no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
     'e8 half mixtral no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
 }
-# Order against batch: the same tokens, three learning rates for each; the rate climbs over 150 updates in all.
+# Order against batch: the same tokens, three learning rates for each, warm-ups of 150 updates.
 for group in ('dense half', 'e8 half T256'):
     GROUPS[f'{group} shuffled'] = f'{GROUPS[group]} --dataset=shuffled'
     for order in ('', ' shuffled'):
@@ -265,13 +265,13 @@ def change(runs, bases, name):
 
 
 def draw(rows):
-    """assets/claims.png: a dot for each seed; change in perplexity by domain; in bits per byte by order
-    and T, and against tokens by size; and experts in use over time."""
+    """assets/claims.png, each seed by itself: change in perplexity by domain, and in bits per byte while
+    training and by the order of documents and T."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     domains = domains_of('dense', rows)
-    fig, ((by_domain, by_order), (by_size, use)) = plt.subplots(2, 2, figsize=(11, 7.6), layout='constrained')
+    fig, (by_domain, by_tokens, by_order) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     by_name = {'8 experts, T = 256': 'e8 T256', '8 experts, T = 64': 'e8', '32 experts, T = 64': 'e32'}
     for k, (name, group) in enumerate(by_name.items()):
         for i, d in enumerate(domains):
@@ -286,42 +286,31 @@ def draw(rows):
             dots = change(runs, last('dense' + order, rows), 'val_bpb')
             by_order.plot([T * (1, 1.08)[k]] * len(dots), dots, 'o', ms=5, color=f'C{k}',
                           label=('chained', 'shuffled')[k] if T == 64 else None)
-    by_order.set(title='by order (side by side for legibility)', xlabel='T (8 experts)', xscale='log',
+    by_order.set(title='by order of documents', xlabel='T (8 experts)', xscale='log',
                  ylabel='bits per byte against dense\nin the same order, %')
     by_order.set_xticks([64, 256, 512], ['64', '256', '512'], minor=False)
     by_order.minorticks_off()
-    for group, name in (('half', '2 layers, width 64'), ('big', '2.5 times the text'),
-                        ('half width 32', 'width 32'), ('half H 512', 'FFN of 512'), ('4 layers', '4 layers'),
-                        ('half languages', 'five languages')):
-        dense, experts = ({(int(r['seed']), int(r['step'])): float(r['val_bpb']) for r in rows
-                           if r['group'] == f'{kind} {group}' and r['val_bpb']} for kind in ('dense', 'e8'))
-        steps = sorted({step for seed, step in experts if (seed, step) in dense} - {0})
-        gain = [[100 * (v / dense[key] - 1) for key, v in experts.items() if key[1] == step and key in dense]
-                for step in steps]
-        million = [step * 4096 / 1e6 for step in steps]
-        line, = by_size.plot(million, [statistics.mean(g) for g in gain], label=name)
-        for x, dots in zip(million, gain):
-            by_size.plot([x] * len(dots), dots, '.', color=line.get_color())
-    by_size.set(title='8 experts, T = 64, while training', xlabel='million tokens',
-                ylabel='bits per byte against dense, %', ylim=(None, 3))  # room for the legend
-    for group, name in (('e8 half', 'with dense warm-up'), ('e8 half no warm-up', 'without')):
-        for i, seed in enumerate(SEEDS):
-            runs = [r for r in rows if r['group'] == group and int(r['seed']) == seed]
-            runs = [r for r in runs if r['experts'] not in ('', '0')]
-            use.plot([int(r['step']) for r in runs], [float(r['experts']) for r in runs],
-                     label=None if i else name, color='C0' if group == 'e8 half' else 'C1', lw=1)
-    use.set(title='experts in use', xlabel='step', ylabel='layer-expert pairs in use', ylim=(0, 1.05))
-    for a in (by_domain, by_order, by_size, use):
-        a.legend(fontsize=8, ncols=2 if a is by_size else 1)
-        if a is not use:
-            a.axhline(0, color='0.7', lw=0.8)
+    validations = {(r['group'], int(r['seed']), int(r['step'])): float(r['val_bpb'])
+                   for r in rows if r['val_bpb']}
+    for k, (name, group) in enumerate(by_name.items()):
+        for seed in SEEDS:
+            gains = {step: 100 * (v / validations['dense', seed, step] - 1)
+                     for (g, s, step), v in validations.items()
+                     if (g, s) == (group, seed) and ('dense', seed, step) in validations}
+            by_tokens.plot([step * 4096 / 1e6 for step in gains], list(gains.values()), '.-', lw=1,
+                           color=f'C{k}', label=name if seed == SEEDS[0] else None)
+    by_tokens.set(title='while training', xlabel='million tokens', ylabel='bits per byte against dense, %')
+    for a in (by_domain, by_tokens, by_order):
+        a.legend(fontsize=8)
+        a.axhline(0, color='0.7', lw=0.8)
     with atomic_open(f'{ROOT}/assets/claims.png') as f:
         fig.savefig(f, format='png', dpi=110)
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument('--train', nargs='*', default=list(GROUPS), choices=GROUPS, metavar='GROUP',
+    base, groups = TABLES['Dense against experts']
+    parser.add_argument('--train', nargs='*', default=[base, *groups], choices=GROUPS, metavar='GROUP',
                         help=', '.join(GROUPS))
     add_flag(parser, 'workers', 2, 'runs at a time, one thread each', low=1)
     add_flag(parser, 'table', TABLE, 'result file in experiments/ to report from; new rows go to runs.csv')
