@@ -52,7 +52,7 @@ PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddi
 PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
-MODEL_FIELDS = [f for f in fields(LoryConfig) if 'help' in f.metadata]
+MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
 
 
 def flags():
@@ -84,8 +84,8 @@ def flags():
     flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
     flag('shard', False, 'split parameters, gradients and optimiser state over the ranks (Sec. 4.1)')
     flag('seed', 1337, 'random seed of the weights and of the order of the data', below=2**32)
-    for f in MODEL_FIELDS:
-        flag(f.name, f.default, f.metadata['help'], choices=f.metadata['choices'])
+    for name, f in MODEL.items():
+        flag(name, f.default, **f.metadata)
     return parser
 
 
@@ -242,9 +242,8 @@ def main(argv=None, build=Lory):
 
 # What must agree with the checkpoint: FIXED, to go on with its run as if it had never stopped; SHAPE, to
 # start another from its weights.
-MODEL = {f.name for f in MODEL_FIELDS}
-FIXED = MODEL | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
-SHAPE = MODEL - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
+FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 
 
 def read_settings(argv):
@@ -267,7 +266,7 @@ def read_settings(argv):
         saved, fixed = read_checkpoint(args.init_from), SHAPE
         settled = saved['config'] | dict(dataset=saved.get('args', {}).get('dataset', 'builtin'))
     args = parser.parse_args(argv, Namespace(**settled | preset | dict(out_dir=args.out_dir)))
-    config = LoryConfig(**{f.name: getattr(args, f.name) for f in MODEL_FIELDS})
+    config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
     settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
     for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
         if settings[name] != settled[name]:
