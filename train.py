@@ -311,8 +311,7 @@ def check_fit(saved, args, data):
                         f'--dataset, or prepare another with --tokenizer={args.init_from}.')
 
 
-# --- Data: windows of L + 1 tokens over the stream. Each depends on the seed and its number in the run alone,
-# so ranks read disjoint windows, and a resumed run reads what it would have read. ---
+# --- Data: windows of L + 1 tokens over the stream. Each depends on seed and number alone, see `main`. ---
 
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
