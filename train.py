@@ -210,7 +210,7 @@ def main(argv=None, build=Lory):
             check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
             # Judged after segment 1, which with first_segment=self sees ahead.
-            best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'val_bpb' in row)
+            best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'later_bpb' in row)
             say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
                 plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
