@@ -46,8 +46,7 @@ def read_prompt(start):
                 start = f.read()
         start.encode()
     except OSError as error:
-        raise UserError(f'cannot read the prompt from {start[5:]} ({error.strerror}): check the '
-                        'path.') from error
+        raise UserError(f'cannot read {start[5:]} ({error.strerror}): check the path.') from error
     except UnicodeError as error:
         raise UserError('the prompt is not UTF-8 text: convert it first.') from error
     return start
