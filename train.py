@@ -240,8 +240,7 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# What must agree with the checkpoint: FIXED, to go on with its run as if it had never stopped; SHAPE, to
-# start another from its weights.
+# What must agree with a checkpoint: FIXED to resume its run, SHAPE to start another run from its weights.
 FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 
