@@ -328,9 +328,8 @@ def chain(neighbours, rng):
     random unused document. Within a document a segment resembles the one that routes it anyway; the walk
     does the same where two documents meet. n_docs lists, best first -> order (n_docs,), number of restarts"""
     order, restarts = {}, -1  # a dict keeps its keys in order; the first start is no restart
-    for start in rng.permutation(len(neighbours)).tolist():
-        here = start
-        restarts += start not in order
+    for here in rng.permutation(len(neighbours)).tolist():
+        restarts += here not in order
         while here not in order:
             order[here] = True
             here = next((j for j in neighbours[here] if j not in order), here)
