@@ -506,7 +506,7 @@ def save_dataset(path, splits, tokenizer, meta):
 def load_dataset(path, block_size):
     """The Dataset in the folder `path`. UserError unless each file has the checksum that meta.json says and
     each split block_size + 1 tokens."""
-    path, splits = Path(path), []
+    path = Path(path)
     try:
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:
@@ -517,13 +517,13 @@ def load_dataset(path, block_size):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'no dataset: {path} is missing or damaged ({error}); make it with prepare.py and '
                         f'--dataset={path.name}, in the folder that holds data/.') from None
+    splits = []
     for split in ('train', 'val'):
         tokens = np.memmap(path / f'{split}.bin', np.dtype(meta['dtype']).newbyteorder('<'), 'r')
         if len(tokens) <= block_size:
             raise UserError(f'{path}/{split}.bin has {len(tokens)} tokens, too few for '
                             f'--block_size={block_size}: lower it or add text.')
-        docs = np.load(path / f'{split}_docs.npz')
-        splits.append(Split(tokens, docs['start'], docs['domain']))
+        splits.append(Split(tokens, **np.load(path / f'{split}_docs.npz')))
     return Dataset(meta, json.loads((path / 'tokenizer.json').read_bytes()), *splits)
 
 
