@@ -423,7 +423,10 @@ def train_bpe(texts, n_tokens):
 def make_tokenizer(name, vocab_size=0, texts=()):
     """The content of tokenizer.json. `name` is bpe, trained on `texts`; byte; one that tiktoken knows; or a
     file: a checkpoint or a tokenizer.json."""
-    if name not in ('bpe', 'byte') and os.path.isfile(name):
+    if name in ('bpe', 'byte'):
+        tokens = train_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)  # byte is BPE without a merge
+        pattern, special = PATTERN, {EOT: len(tokens)}
+    elif os.path.isfile(name):
         try:
             is_json = name.endswith('.json')
             tokenizer = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
@@ -431,9 +434,6 @@ def make_tokenizer(name, vocab_size=0, texts=()):
             return tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
-    if name in ('bpe', 'byte'):
-        tokens = train_bpe(texts, vocab_size - 1) if name == 'bpe' else [bytes([b]) for b in range(256)]
-        pattern, special = PATTERN, {EOT: len(tokens)}
     else:
         try:
             encoding = tiktoken.get_encoding(name)  # downloads, unless it has before
