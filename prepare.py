@@ -568,8 +568,7 @@ def main(argv=None):
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)
     if not val:
-        raise UserError(f'no domain has {4 * MIN_VAL} bytes, too little to hold some out: give more text, '
-                        'in UTF-8.')
+        raise UserError(f'no domain has {4 * MIN_VAL} bytes, too little to hold out: give more UTF-8 text.')
     train, twins = near_duplicates(val, train)
     report('dropped', f'{len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:
