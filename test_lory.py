@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,15 @@ def refused(word):
     with pytest.raises(UserError, match=word) as raised:
         yield
     assert re.fullmatch('[^\n]+[.]', str(raised.value))
+
+
+def run(script, home, *argv, **more):
+    """A script's main(), in the folder `home`. Ctrl-C is pytest's again afterwards."""
+    with chdir(home):
+        try:
+            return script.main(list(argv), **more)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- lory.py: the layer. ---
@@ -150,10 +159,10 @@ def test_bfloat16_autocast_stays_near_the_float32_formula(apart):
 def test_merged_weights_are_not_kept_for_backward(backend):
     """What autograd saves does not grow with the number of segments times the size of an expert."""
     ffn = randomize(LoryFFN(tiny_config(n_embd=32, ffn_hidden=512, block_size=64, segment_len=1)))
-    run = torch.compile(ffn, backend=backend) if backend else ffn
+    running = torch.compile(ffn, backend=backend) if backend else ffn
     x, sizes = torch.randn(2, 64, 32, dtype=torch.float64, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        y = run(x)[0]
+        y = running(x)[0]
     assert max(sizes) < 2 * 64 * 32 * 512 / 10, 'a merged copy of the experts was saved for every segment'
     inputs = [x, *ffn.parameters()]
     assert_close(with_gradients(y, inputs), with_gradients(ffn(x)[0], inputs))
@@ -427,7 +436,7 @@ def data_home(data_docs, tmp_path_factory):
     for i, doc in enumerate(data_docs):
         if doc.domain in ('prose', 'cpp'):
             write_files(home, {f'own/{doc.domain}/{i}.txt': doc.text})
-    data_prepare(home, *OWN)
+    run(prepare, home, *OWN)
     return home
 
 
@@ -435,12 +444,6 @@ def data_home(data_docs, tmp_path_factory):
 def data_copy(data_home, tmp_path):
     """A folder with the same, to change."""
     return shutil.copytree(data_home, tmp_path / 'copy', ignore=shutil.ignore_patterns('whole', '*.pt'))
-
-
-def data_prepare(home, *argv):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        prepare.main(list(argv))
 
 
 def data_read(home, split, name='own'):
@@ -508,7 +511,7 @@ def test_builtin_corpus(data_docs, tmp_path, capfd, monkeypatch):
         assert all(500 < len(doc.text) <= prepare.PIECE for doc in mine)
     assert all('>>> ' in doc.text for doc in data_docs if doc.domain == 'repl')
     monkeypatch.setattr(prepare, 'read_builtin', lambda mb: data_docs[:])
-    data_prepare(tmp_path, '--vocab_size=300')
+    run(prepare, tmp_path, '--vocab_size=300')
     dataset = prepare.load_dataset(tmp_path / 'data/builtin', 64)
     assert dataset.meta['domains'] == prepare.DOMAINS and set(dataset.val.domain) == set(range(5))
     out, err = capfd.readouterr()
@@ -601,7 +604,7 @@ def test_the_cap_and_the_least(monkeypatch, tmp_path, capsys):
     short, long = prepare.hold_out([Document('a' * 1001, 'a', 'A0'), Document('b' * 8999, 'a', 'B0')], .1)[1]
     assert len(short.text) == 1001 and len(long.text) > 7000  # of two large ones the longer is cut
     data_jsonl(tmp_path / 'own.jsonl', [doc.text for doc in docs] + [{'text': 'a line', 'domain': 'small'}])
-    data_prepare(tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
+    run(prepare, tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
     out = capsys.readouterr().out
     assert regex.search('small +6 bytes to train on +0 held out +not measured: too little', out)
     assert out.count('not measured') == 1
@@ -616,7 +619,7 @@ def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
     records = kinds * 5 + [data_words(80, 7).replace(' ', ' ' * (1 + i % 3)) for i in range(101)]
     rng.shuffle(records)
     data_jsonl(tmp_path / 'own.jsonl', records)
-    data_prepare(tmp_path, '--input', 'own.jsonl', '--tokenizer=byte', '--val_fraction=.3')
+    run(prepare, tmp_path, '--input', 'own.jsonl', '--tokenizer=byte', '--val_fraction=.3')
     train, val = ([' '.join(text.split()) for text, _ in data_read(tmp_path, s)] for s in ('train', 'val'))
     assert sorted(train + val) == sorted(kinds + [data_words(80, 7)]) and len(val) > 10
     out = capsys.readouterr().out
@@ -788,15 +791,15 @@ def test_a_tokenizer_from_a_file(data_copy):
     save_checkpoint(data_copy / 'bare.pt', model, None)
     write_files(data_copy, {'a.txt': data_words(900), 'hf.json': '{"model": {"vocab": {}}}'})
     for name in ('ckpt.pt', file):
-        data_prepare(data_copy, '--input', 'a.txt', f'--tokenizer={name}')
+        run(prepare, data_copy, '--input', 'a.txt', f'--tokenizer={name}')
         assert prepare.load_dataset(data_copy / 'data/a', 8).tokenizer == tokenizer
         stored = data_read(data_copy, 'train', 'a') + data_read(data_copy, 'val', 'a')
         assert ''.join(text for text, _ in stored) == data_words(900)
     write_files(data_copy, {'byte': 'a file of that name'})
-    data_prepare(data_copy, '--input', 'a.txt', '--tokenizer=byte')
+    run(prepare, data_copy, '--input', 'a.txt', '--tokenizer=byte')
     for name in ('bare.pt', 'hf.json', 'a.txt'):
         with refused('no tokenizer'):
-            data_prepare(data_copy, '--input', 'a.txt', f'--tokenizer={name}')
+            run(prepare, data_copy, '--input', 'a.txt', f'--tokenizer={name}')
 
 
 def test_other_tokenizers_and_large_vocabularies(data_copy, monkeypatch):
@@ -805,7 +808,7 @@ def test_other_tokenizers_and_large_vocabularies(data_copy, monkeypatch):
     encoding = prepare.tiktoken.Encoding('gpt2', pat_str=prepare.PATTERN, mergeable_ranks=ranks,
                                          special_tokens={'<|endoftext|>': 256, '<|other|>': 70_000})
     monkeypatch.setattr('tiktoken.get_encoding', lambda name: encoding)
-    data_prepare(data_copy, '--input', 'own', '--tokenizer=gpt2')
+    run(prepare, data_copy, '--input', 'own', '--tokenizer=gpt2')
     dataset = prepare.load_dataset(data_copy / 'data/own', 32)
     assert dataset.meta['vocab_size'] == 70_001 and dataset.val.tokens.dtype == np.uint32
     assert dataset.val.tokens[0] == 256
@@ -856,7 +859,7 @@ def test_same_seed_same_bytes_on_another_processor(data_home, data_copy):
         assert here.read_bytes() == there.read_bytes(), name
     similar, held = data_read(data_copy, 'train'), data_read(data_copy, 'val')
     for flag in ('--seed=2', '--order=random'):
-        data_prepare(data_copy, *OWN, flag)
+        run(prepare, data_copy, *OWN, flag)
         train = data_read(data_copy, 'train')
         assert train != similar and sorted(train) == sorted(similar)
     assert data_read(data_copy, 'val') == held  # --order=random is judged on the same text
@@ -896,7 +899,7 @@ def test_a_failed_prepare_leaves_the_old_data(module, name, number, error, data_
 
     monkeypatch.setattr(module, name, fail)
     with pytest.raises((KeyboardInterrupt, UserError), match='|No space left'):
-        data_prepare(data_copy, *OWN, '--seed=3')
+        run(prepare, data_copy, *OWN, '--seed=3')
     assert set(os.listdir(path)) == prepare.FILES
     with refused('checksum') if number == 4 else nullcontext():
         assert prepare.load_dataset(path, 32).meta == old
@@ -919,25 +922,18 @@ def test_bad_input(argv, message, tmp_path):
         'data/own/meta.json': 'old',
         'alike/0': data_words(400), 'alike/1': data_words(400) + ' end'})
     with refused(message):
-        data_prepare(tmp_path, '--dataset=own', *argv.split(' '))
+        run(prepare, tmp_path, '--dataset=own', *argv.split(' '))
     assert (tmp_path / 'data/own/meta.json').read_text() == 'old'
 
 
 def test_a_dataset_is_called_like_its_folder_or_its_file(tmp_path):
     write_files(tmp_path, {'corpus-v1.1/a.txt': data_words(400), 'notes.txt': data_words(400, 1)})
     for path in ('corpus-v1.1/', 'notes.txt'):
-        data_prepare(tmp_path, '--input', path, '--tokenizer=byte')
+        run(prepare, tmp_path, '--input', path, '--tokenizer=byte')
     assert set(os.listdir(tmp_path / 'data')) == {'corpus-v1.1', 'notes'}
-    data_prepare(tmp_path, '--input', 'corpus-v1.1', '--input', 'notes.txt', '--tokenizer=byte')
+    run(prepare, tmp_path, '--input', 'corpus-v1.1', '--input', 'notes.txt', '--tokenizer=byte')
     domains = {domain for _, domain in data_read(tmp_path, 'train', 'corpus-v1.1')}
     assert domains == {'corpus-v1.1', 'notes.txt'}
-
-
-def test_bad_flags(tmp_path, capsys):
-    for flag in ('--order=best', '--vocab_size=256', '--val_fraction=0', '--n_neighbors=0', '--nonsense=1'):
-        with pytest.raises(SystemExit, match='2'):
-            data_prepare(tmp_path, flag)
-        assert flag.split('=')[0] in capsys.readouterr().err
 
 
 # --- train.py, on a small real dataset. ---
@@ -947,20 +943,10 @@ TINY = ['--dataset=own', '--block_size=64', '--segment_len=16', '--n_embd=32', '
         '--eval_windows=3', '--log_interval=5', '--dtype=float32', '--device=cpu']  # tied up to step 15
 
 
-def run_script(script, home, *argv, **more):
-    """A script's main(), in the folder `home`. Ctrl-C is pytest's again afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        try:
-            return script.main(list(argv), **more)
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(scope='session')
 def run_home(data_home):
     """data_home with a finished run of TINY in `whole`."""
-    assert run_script(train, data_home, *TINY, '--out_dir=whole') == 0
+    assert run(train, data_home, *TINY, '--out_dir=whole') == 0
     return data_home
 
 
@@ -1047,8 +1033,8 @@ def test_the_losses_of_twenty_steps_are_those_on_record(tmp_path, monkeypatch):
     meta = dict(domains=['text'], sha256={}, train=dict(bytes=3000))
     data = SimpleNamespace(meta=meta, train=text, val=text, tokenizer=tokenizer)
     monkeypatch.setattr(prepare, 'load_dataset', lambda *a: data)
-    run_script(train, tmp_path, *TINY, '--max_iters=20', '--dense_warmup=.25', '--learning_rate=.01',
-               '--grad_clip=.5', '--out_dir=out')
+    run(train, tmp_path, *TINY, '--max_iters=20', '--dense_warmup=.25', '--learning_rate=.01',
+        '--grad_clip=.5', '--out_dir=out')
     assert load_checkpoint(tmp_path / 'out/ckpt.pt')[1]['losses'] == pytest.approx(LOSSES, rel=0, abs=1e-4)
 
 
@@ -1088,7 +1074,7 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
     step 15. A run that is killed goes on from its last checkpoint."""
     whole, out, flags = run_home / 'whole', run_home / 'stopped', TINY
     with at_call('save_checkpoint', 2, crash), suppress(MemoryError):
-        run_script(train, run_home, *flags, '--out_dir=stopped')
+        run(train, run_home, *flags, '--out_dir=stopped')
     assert set(os.listdir(out)) == {'best.pt', 'log.csv'}  # with no state to go on from, it begins again
     for name, number, action, saved in (('get_batch', 7, ctrl_c, 7),
                                         ('get_batch', 2, crash, 7),
@@ -1098,11 +1084,11 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
                                         ('get_batch', 7, ctrl_c, 22),
                                         ('save_checkpoint', 2, crash, 22)):  # in step 30
         with at_call(name, number, action), suppress(MemoryError):
-            assert run_script(train, run_home, *flags, '--out_dir=stopped') == 130
+            assert run(train, run_home, *flags, '--out_dir=stopped') == 130
         assert load_checkpoint(out / 'ckpt.pt')[1]['step'] == saved
         (out / 'ckpt.pt.tmp').write_bytes(b'half')  # a process that is killed in a write leaves this
         flags = ['--init_from=resume']
-    run_script(train, run_home, *flags, '--out_dir=stopped')
+    run(train, run_home, *flags, '--out_dir=stopped')
     for name in ('ckpt.pt', 'best.pt'):
         resumed, expected = carried(out / name), carried(whole / name)
         assert_close(resumed, expected, rtol=0, atol=0)
@@ -1112,7 +1098,7 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
 
 def test_a_second_ctrl_c_ends_the_run_at_once(run_home):
     with at_call('get_batch', 3, lambda: (ctrl_c(), ctrl_c())), pytest.raises(KeyboardInterrupt):
-        run_script(train, run_home, *TINY, '--out_dir=twice')
+        run(train, run_home, *TINY, '--out_dir=twice')
     assert os.listdir(run_home / 'twice') == ['log.csv']
 
 
@@ -1127,7 +1113,7 @@ def test_a_run_made_longer_is_not_tied_for_longer(run_home):
     flags = [*TINY, '--max_iters=20']
     for number, step, parted in ((5, 5, False), (5, 10, False), (1, 11, True)):
         with at_call('get_batch', number, ctrl_c):
-            assert run_script(train, run_home, *flags, '--out_dir=longer') == 130
+            assert run(train, run_home, *flags, '--out_dir=longer') == 130
         model, ckpt = load_checkpoint(run_home / 'longer/ckpt.pt')
         assert ckpt['step'] == step and (spread(model) > 0) == parted
         flags = ['--init_from=resume', '--max_iters=40']
@@ -1143,7 +1129,7 @@ def test_best_is_the_best_validation(run_home, monkeypatch):
     monkeypatch.setattr(train, 'evaluate', evaluate)
     out, flags = run_home / 'best', [*TINY, '--eval_interval=1']
     for latest in (3, 4):
-        run_script(train, run_home, *flags, f'--max_iters={latest}', f'--out_dir={out}')
+        run(train, run_home, *flags, f'--max_iters={latest}', f'--out_dir={out}')
         flags = ['--init_from=resume']
         assert [load_checkpoint(out / f'{name}.pt')[1]['step'] for name in ('best', 'ckpt')] == [2, latest]
 
@@ -1157,27 +1143,27 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
     flags = ['--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
     for start, n_experts, tied_until in (('whole', 4, 0), ('bare', 1, 0), ('bare', 4, 5)):
         out = f'from-{start}{n_experts}'
-        run_script(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',
-                   f'--out_dir={out}')
+        run(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',
+            f'--out_dir={out}')
         flags.append('--dataset=own')  # the whole run knows its own
         again, onward = load_checkpoint(run_home / out / 'ckpt.pt')
         assert again.config == replace(model.config, n_experts=n_experts)
         assert onward['tied_until'] == tied_until
         assert max(onward['losses']) < ckpt['losses'][0] - 0.3, 'it starts from scratch'
     with refused('without a run'):
-        run_script(train, run_home, '--init_from=resume', '--out_dir=bare')
+        run(train, run_home, '--init_from=resume', '--out_dir=bare')
 
 
 def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_home, tmp_path):
     for folder in ('whole', 'own', 'data'):
         shutil.copytree(run_home / folder, tmp_path / folder)
-    resume = partial(run_script, train, tmp_path, '--init_from=resume', '--out_dir=whole')
+    resume = partial(run, train, tmp_path, '--init_from=resume', '--out_dir=whole')
     for flag in ('--n_layer=3', '--n_experts=2', '--dataset=else', '--batch_size=8', '--seed=1',
                  '--eval_windows=1', '--dense_warmup=.1', '--preset=0.3b'):
         with refused(flag[2:].split('=')[0]):
             resume(flag)
     with refused('resume'):
-        run_script(train, tmp_path, *TINY, '--out_dir=whole')  # would overwrite a finished run
+        run(train, tmp_path, *TINY, '--out_dir=whole')  # would overwrite a finished run
     ckpt = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]
     for fields in (ckpt['args'], ckpt['config']):  # as if the checkpoint were older than this field
         del fields['first_segment']
@@ -1190,7 +1176,7 @@ def test_resume_takes_new_settings_of_the_optimizer_and_refuses_other_data(run_h
     resume('--max_iters=31', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=0', '--dataset=moved')
     groups = load_checkpoint(tmp_path / 'whole/ckpt.pt')[1]['optimizer']['param_groups']
     assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
-    run_script(prepare, tmp_path, '--input', 'own', '--vocab_size=400', '--val_fraction=.3')
+    run(prepare, tmp_path, '--input', 'own', '--vocab_size=400', '--val_fraction=.3')
     with refused('trained on'):
         resume('--max_iters=40', '--dataset=own')
 
@@ -1201,8 +1187,8 @@ def test_resume_keeps_what_a_run_changed_of_its_preset(run_home, repeated):
     command = ['--preset=0.3b', *TINY, '--n_layer=1', '--ffn_hidden=32', '--learning_rate=.01',
                '--max_iters=1']
     out = f'--out_dir=paper-{repeated}'
-    run_script(train, run_home, *command, out)
-    run_script(train, run_home, *command[:repeated], out, '--init_from=resume', '--max_iters=2')
+    run(train, run_home, *command, out)
+    run(train, run_home, *command[:repeated], out, '--init_from=resume', '--max_iters=2')
     args = load_checkpoint(run_home / out[10:] / 'ckpt.pt')[1]['args']
     assert (args['n_layer'], args['ffn_hidden'], args['learning_rate'], args['max_iters']) == (1, 32, .01, 2)
     assert args['first_segment'] == 'self'
@@ -1223,8 +1209,8 @@ class Nearer(LoryFFN):
 
 def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     build, out = partial(Lory, ffn=Nearer), '--out_dir=nearer'
-    run_script(train, run_home, *TINY, '--max_iters=10', out, build=build)
-    run_script(train, run_home, '--init_from=resume', '--max_iters=20', out, build=build)
+    run(train, run_home, *TINY, '--max_iters=10', out, build=build)
+    run(train, run_home, '--init_from=resume', '--max_iters=20', out, build=build)
     model, ckpt = load_checkpoint(run_home / 'nearer/ckpt.pt', build=build)
     assert ckpt['step'] == 20 and ckpt['losses'][-1] < ckpt['losses'][0] - 0.3
     assert model.blocks[0].ffn.calls > 20  # which the resumed run and the loaded model went on from
@@ -1236,7 +1222,7 @@ def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     assert_close(ffn(x[:, :9], Cache(64))[1][:, 0], ffn.router(x[:, 8]).softmax(-1))  # in generation, too
     for script, argv in ((train, ['--init_from=resume', '--max_iters=40']), (sample, [])):
         with refused('Nearer'):
-            run_script(script, run_home, *argv, out)
+            run(script, run_home, *argv, out)
     flags = SimpleNamespace(shard=True, compile=False, activation_checkpointing=False)
     with refused('buffers'):
         train.wrap(model, flags, 'cpu', 2)
@@ -1247,7 +1233,7 @@ def rank_main(rank, home, runs):
     for port, argv in runs:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
         os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-        run_script(train, home, *argv)
+        run(train, home, *argv)
 
 
 def test_two_ranks_equal_one(run_home):
@@ -1259,7 +1245,7 @@ def test_two_ranks_equal_one(run_home):
     ddp = ['--shard=False', '--gradient_accumulation_steps=2']
     shard = ['--shard', '--activation_checkpointing']
     half = ['--shard', '--dtype=float16']
-    run_script(train, run_home, *short, '--out_dir=one')
+    run(train, run_home, *short, '--out_dir=one')
     runs = []
     for name, how in (('ddp', ddp), ('shard', shard), ('half', half)):
         shutil.copytree(run_home / 'one', run_home / f'one-{name}')
@@ -1270,7 +1256,7 @@ def test_two_ranks_equal_one(run_home):
         s.close()
     torch.multiprocessing.spawn(rank_main, (run_home, list(zip(ports, runs))), nprocs=2)
     for name in ('one', 'ddp', 'shard', 'half'):
-        run_script(train, run_home, *longer, *ddp, f'--out_dir={name}')
+        run(train, run_home, *longer, *ddp, f'--out_dir={name}')
     figures, weights, _ = carried(run_home / 'one/ckpt.pt')
     assert figures[:2] == [12, 3]
     for name in ('ddp', 'shard', 'one-ddp', 'one-shard', 'half', 'one-half'):
@@ -1292,7 +1278,7 @@ def test_two_ranks_equal_one(run_home):
 def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, word):
     monkeypatch.setattr(prepare, 'main', None)
     with refused(word):
-        run_script(train, run_home, *TINY, '--out_dir=refused', *flags.split())
+        run(train, run_home, *TINY, '--out_dir=refused', *flags.split())
     assert not (run_home / 'refused').exists()
 
 
@@ -1309,7 +1295,7 @@ def test_a_run_that_is_not_finite_stops_before_it_saves(run_home, monkeypatch):
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     model.embed.weight.data.fill_(math.inf)
     save_checkpoint(run_home / 'wild.pt', model, ckpt['tokenizer'])
-    wild = partial(run_script, train, run_home, *TINY, '--max_iters=1', '--out_dir=wild')
+    wild = partial(run, train, run_home, *TINY, '--max_iters=1', '--out_dir=wild')
     with refused('step 1 is not finite'):
         wild('--init_from=wild.pt')
     with refused('step 1 is not finite'), at_call('get_batch', 1, ctrl_c):
@@ -1326,7 +1312,7 @@ def test_a_run_that_is_not_finite_stops_before_it_saves(run_home, monkeypatch):
 def sampled(run_home, capsys):
     """A function: what sample.py prints, given these flags."""
     def printed(*flags):
-        run_script(sample, run_home, '--out_dir=whole', '--device=cpu', '--max_new_tokens=40', *flags)
+        run(sample, run_home, '--out_dir=whole', '--device=cpu', '--max_new_tokens=40', *flags)
         return capsys.readouterr().out
     return printed
 
@@ -1376,13 +1362,16 @@ def test_sample_refuses_bad_values(run_home, sampled, flag, word):
 
 
 @pytest.mark.parametrize('script, flag', [
+    *((prepare, flag) for flag in ('--order=best', '--vocab_size=256', '--val_fraction=0', '--n_neighbors=0',
+                                   '--nonsense=1')),
     *((train, flag) for flag in ('--seed=-1', '--log_interval=0', '--learning_rate=nan', '--beta1=1',
                                  '--routing=token', '--preset=7b', '--max_iter=3', '--compile=maybe')),
     *((sample, flag) for flag in ('--temperature=-1', '--temperature=nan', '--top_k=x', '--top_p=-1',
                                   '--max_new_tokens=0', '--show_routing=maybe'))])
-def test_flags_with_wrong_values_end_in_argparses_exit_code(tmp_path, script, flag):
+def test_flags_with_wrong_values_end_in_argparses_exit_code(tmp_path, capsys, script, flag):
     with pytest.raises(SystemExit, match='2'):
-        run_script(script, tmp_path, '--out_dir=nowhere', flag)
+        run(script, tmp_path, flag)
+    assert flag.split('=')[0] in capsys.readouterr().err
 
 
 def test_the_scripts_from_the_shell(data_home):
