@@ -468,15 +468,12 @@ def data_words(n, seed=0):
 
 
 def write_files(home, files):
-    """Write {name: text or bytes} below `home`."""
+    """Write {name: text, bytes, or a list of records for a .jsonl} below `home`."""
     for name, data in files.items():
+        if isinstance(data, list):
+            data = ''.join(json.dumps(record) + '\n' for record in data)
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(data if isinstance(data, bytes) else data.encode())
-
-
-def data_jsonl(path, records):
-    records = [record if isinstance(record, dict) else {'text': record} for record in records]
-    path.write_text('\n'.join(map(json.dumps, records)) + '\n\n')
 
 
 def data_size(docs, domain):
@@ -529,13 +526,13 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
         'books/.git/config': 'hidden', 'books/empty.txt': ' \n', 'books/latin.txt': b'caf\xe9',
         'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2',
         'books/out/ckpt.pt': '', 'books/out/log.csv': 'a run', 'books/data/train_docs.npz': '',
-        'books/data/meta.json': 'a dataset'})
+        'books/data/meta.json': 'a dataset',
+        'feed.JSONL': [
+            dict(text='news: in \u2028 line', domain='news'), dict(text='feed.JSONL: null', domain=None),
+            dict(text='0: <|endoftext|>', domain=0), dict(text='')]})
     for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'none'):
         Path(link).symlink_to(tmp_path / target)
     os.mkfifo('books/pipe')
-    data_jsonl(Path('feed.JSONL'), [
-        {'text': 'news: in \u2028 line', 'domain': 'news'}, {'text': 'feed.JSONL: null', 'domain': None},
-        {'text': '0: <|endoftext|>', 'domain': 0}, ''])
     docs = prepare.read_inputs(['books', 'note.txt', 'feed.JSONL', 'books/sea'])
     assert [doc.domain for doc in docs] == [doc.text.split(':')[0] for doc in docs]
     assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 8
@@ -548,7 +545,7 @@ def test_one_label_is_one_domain(tmp_path, monkeypatch):
     plain = ['C#', 'C', 'a/b', 'ab', 'news.2023', 'news.2024', 'naïve 中文', 'x' * 40, 'x' * 41]
     odd = [0, '00', 1.0, True, {'a': 1}, '', '_a', 'a', '<5f>a', '$x$', 'x', ' ', '\ud800', 'line\nbreak']
     labels = plain + odd
-    data_jsonl(tmp_path / 'a.jsonl', [{'text': 'text', 'domain': label} for label in labels * 2])
+    write_files(tmp_path, {'a.jsonl': [dict(text='text', domain=label) for label in labels * 2]})
     names = [doc.domain for doc in prepare.read_inputs(['a.jsonl'])]
     assert names[:len(labels)] == names[len(labels):] and len(set(names)) == len(labels)
     assert names[:len(plain)] == plain and all(name.isprintable() and '$' not in name for name in names)
@@ -603,7 +600,8 @@ def test_the_cap_and_the_least(monkeypatch, tmp_path, capsys):
     assert 4000 < data_size(prepare.hold_out(docs, .5)[0], 'a') <= 5000
     short, long = prepare.hold_out([Document('a' * 1001, 'a', 'A0'), Document('b' * 8999, 'a', 'B0')], .1)[1]
     assert len(short.text) == 1001 and len(long.text) > 7000  # of two large ones the longer is cut
-    data_jsonl(tmp_path / 'own.jsonl', [doc.text for doc in docs] + [{'text': 'a line', 'domain': 'small'}])
+    docs.append(Document('a line', 'small', 'last'))
+    write_files(tmp_path, {'own.jsonl': [doc._asdict() for doc in docs]})
     run(prepare, tmp_path, '--input', 'own.jsonl', '--tokenizer=byte')
     out = capsys.readouterr().out
     assert regex.search('small +6 bytes to train on +0 held out +not measured: too little', out)
@@ -618,7 +616,7 @@ def test_equal_texts_are_one_whatever_their_words(tmp_path, capsys):
     kinds += ['-' * i for i in range(3, 30)] + [data_words(30, 1)]
     records = kinds * 5 + [data_words(80, 7).replace(' ', ' ' * (1 + i % 3)) for i in range(101)]
     rng.shuffle(records)
-    data_jsonl(tmp_path / 'own.jsonl', records)
+    write_files(tmp_path, {'own.jsonl': [dict(text=text) for text in records]})
     run(prepare, tmp_path, '--input', 'own.jsonl', '--tokenizer=byte', '--val_fraction=.3')
     train, val = ([' '.join(text.split()) for text, _ in data_read(tmp_path, s)] for s in ('train', 'val'))
     assert sorted(train + val) == sorted(kinds + [data_words(80, 7)]) and len(val) > 10
@@ -914,11 +912,11 @@ def test_a_failed_prepare_leaves_the_old_data(module, name, number, error, data_
     ('--input one.txt --tokenizer=gpt22', 'not known'), ('--input many.jsonl', '300 domains'),
     ('--dataset=a/b', 'plain'), ('--dataset=..', 'plain')])
 def test_bad_input(argv, message, tmp_path):
-    records = [json.dumps({'text': 'text', 'domain': i}) for i in range(300)]
     write_files(tmp_path, {
         'one.txt': 'one document', 'spaces.txt': ' ' * 1_000_000, 'void/.hidden': 'text',
-        'bad.jsonl': '{"text": "a"}\n{"txt": 1}', 'list.jsonl': '["text"]',
-        'many.jsonl': '\n'.join(records), 'same.jsonl': '{"text": "same"}\n' * 99,
+        'bad.jsonl': [dict(text='a'), dict(txt=1)], 'list.jsonl': [['text']],
+        'same.jsonl': [dict(text='same')] * 99,
+        'many.jsonl': [dict(text='text', domain=i) for i in range(300)],
         'data/own/meta.json': 'old',
         'alike/0': data_words(400), 'alike/1': data_words(400) + ' end'})
     with refused(message):
