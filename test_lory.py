@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.testing import assert_close
 
 import lory
@@ -450,9 +450,8 @@ def data_docs():
 def data_home(data_docs, tmp_path_factory):
     """A folder with `own/`, documents as files in two subfolders, and `data/own`, the dataset of it."""
     home = tmp_path_factory.mktemp('data_home')
-    for i, doc in enumerate(data_docs):
-        if doc.domain in ('prose', 'cpp'):
-            write_files(home, {f'own/{doc.domain}/{i}.txt': doc.text})
+    write_files(home, {f'own/{doc.domain}/{i}.txt': doc.text
+                       for i, doc in enumerate(data_docs) if doc.domain in ('prose', 'cpp')})
     run(prepare, home, *OWN)
     return home
 
@@ -1218,21 +1217,16 @@ def test_two_ranks_equal_one(run_home):
     one, that of one process in two."""
     short = [*TINY, '--max_iters=8', '--dense_warmup=.4', '--log_interval=1', '--eval_interval=8']
     longer = ['--init_from=resume', '--max_iters=12']
-    ddp = ['--shard=False', '--gradient_accumulation_steps=2']
-    shard = ['--shard', '--activation_checkpointing']
-    half = ['--shard', '--dtype=float16']
+    ways = dict(ddp=['--shard=False', '--gradient_accumulation_steps=2'],
+                shard=['--shard', '--activation_checkpointing'], half=['--shard', '--dtype=float16'])
     run(train, run_home, *short, '--out_dir=one')
     runs = []
-    for name, how in (('ddp', ddp), ('shard', shard), ('half', half)):
+    for name, how in ways.items():
         shutil.copytree(run_home / 'one', run_home / f'one-{name}')
         runs += [*short, *how, f'--out_dir={name}'], [*longer, *how, f'--out_dir=one-{name}']
-    sockets = [socket.create_server(('127.0.0.1', 0)) for _ in runs]  # to find free ports
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    torch.multiprocessing.spawn(rank_main, (run_home, list(zip(ports, runs))), nprocs=2)
-    for name in ('one', 'ddp', 'shard', 'half'):
-        run(train, run_home, *longer, *ddp, f'--out_dir={name}')
+    torch.multiprocessing.spawn(rank_main, (run_home, [(get_free_port(), argv) for argv in runs]), nprocs=2)
+    for name in ('one', *ways):
+        run(train, run_home, *longer, *ways['ddp'], f'--out_dir={name}')
     figures, weights, _ = carried(run_home / 'one/ckpt.pt')
     assert figures[:2] == [12, 3]
     for name in ('ddp', 'shard', 'one-ddp', 'one-shard', 'half', 'one-half'):
@@ -1244,11 +1238,10 @@ def test_two_ranks_equal_one(run_home):
 
 @pytest.mark.parametrize('flags, word', [
     ('--segment_len=65', 'segment_len'), ('--n_experts=0', 'n_experts'), ('--out_dir=', 'out_dir'),
-    ('--device=gpu', 'gpu'),
-    ('--block_size=9999999', '9999999'), ('--shard', 'torchrun'), ('--dataset=none', 'none'),
-    ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'), ('--init_from=resum', 'resum'),
-    ('--init_from=resume', 'ckpt.pt'), ('--dataset=builtin --n_head=5', 'n_head'),
-    ('--init_from=whole/ckpt.pt --n_layer=3', 'n_layer'),
+    ('--device=gpu', 'gpu'), ('--block_size=9999999', '9999999'), ('--shard', 'torchrun'),
+    ('--dataset=none', 'none'), ('--init_from=resum', 'resum'), ('--init_from=resume', 'ckpt.pt'),
+    ('--batch_size=3 --gradient_accumulation_steps=2', 'batch_size'),
+    ('--dataset=builtin --n_head=5', 'n_head'), ('--init_from=whole/ckpt.pt --n_layer=3', 'n_layer'),
     ('--init_from=whole/ckpt.pt --preset=0.3b', 'ffn_hidden.*preset'),
     ('--init_from=whole/ckpt.pt --n_experts=2', 'n_experts')])
 def test_train_refuses_bad_values_before_it_works(run_home, monkeypatch, flags, word):
