@@ -542,17 +542,16 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
         'books/.git/config': 'hidden', 'books/empty.txt': ' \n', 'books/latin.txt': b'caf\xe9',
         'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2',
         'books/out/ckpt.pt': '', 'books/out/log.csv': 'a run', 'books/data/train_docs.npz': '',
-        'books/data/meta.json': 'a dataset',
-        'feed.JSONL': [
-            dict(text='news: in \u2028 line', domain='news'), dict(text='feed.JSONL: null', domain=None),
-            dict(text='0: <|endoftext|>', domain=0), dict(text='')]})
+        'books/data/meta.json': 'a dataset', 'books/raw.jsonl': '{"text": "books: in \u2028 line"}',
+        'feed.JSONL': [dict(text='news: one', domain='news'), dict(text='feed.JSONL: null', domain=None),
+                       dict(text='0: <|endoftext|>', domain=0), dict(text='')]})
     for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'none'):
         Path(link).symlink_to(tmp_path / target)
     os.mkfifo('books/pipe')
     docs = prepare.read_inputs(['books', 'note.txt', 'feed.JSONL', 'books/sea'])
     assert [doc.domain for doc in docs] == [doc.text.split(':')[0] for doc in docs]
-    assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 8
-    assert docs[4].text == 'note.txt: two\nlines'
+    assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 9
+    assert docs[5].text == 'note.txt: two\nlines'
     assert regex.search('8 inputs.* as books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
 
 
