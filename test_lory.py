@@ -663,11 +663,12 @@ def test_near_duplicates_equal_brute_force(data_docs):
     similarity = np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
     twin_of = {}
     for i in range(n_held, len(docs)):
-        twins = [j for j in range(i) if j not in twin_of and similarity[i, j] >= .8]
-        if twins:
-            twin_of[i] = twins[0]
+        near = [j for j in range(i) if j not in twin_of and similarity[i, j] >= .8]
+        if near:
+            twin_of[i] = near[0]
     held = [j for j in twin_of.values() if j < n_held]
-    assert len(held) > 2 == held.count(0) and len(twin_of) > len(held) + 5
+    assert held.count(0) == 2, 'the row loses the two neighbours of its held-out text'
+    assert len(held) > 2 and len(twin_of) > len(held) + 5
     assert ((similarity > .6) & (similarity < .8)).sum() > 10
     train, twins = prepare.near_duplicates(docs[:n_held], docs[n_held:])
     assert twins == [(docs[i], docs[j]) for i, j in twin_of.items()]
