@@ -210,22 +210,23 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Merge θᵀ rather than transpose W. Otherwise torch.compile sees merge(e, θ) twice, computes it once,
-        # and keeps it in memory until here.
-        dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
-        dW = (x.mT @ dy).flatten(1)  # (S, in * out)
-        dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out), in the dtype of x as under autocast
-        # In the dtype of θ, float32 in training. The router learns from how de differs between experts, and
-        # just after warm-up experts differ by less than bfloat16 (or TF32) resolves.
-        de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
+        # torch.compile takes the autocast of the forward pass into this one, where it would round de.
+        with torch.autocast(x.device.type, enabled=False):
+            # Merge θᵀ rather than transpose W. Otherwise torch.compile sees merge(e, θ) twice, computes it
+            # once, and keeps it in memory until here.
+            dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
+            dW = (x.mT @ dy).flatten(1)  # (S, in * out)
+            dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out), in the dtype of x
+            # In the dtype of θ, float32 in training. The router learns from how de differs between experts,
+            # and just after warm-up experts differ by less than bfloat16 (or TF32) resolves.
+            de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
 
 def lean_swiglu(x, e, gate, up, down):
     """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)
 
-    MergedLinear computes in the dtype of x, forward and backward. So x takes autocast's dtype here: autocast
-    itself does not reach the backward pass."""
+    MergedLinear computes in the dtype of x, so x takes autocast's dtype here."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     inner = F.silu(MergedLinear.apply(x, e, gate)) * MergedLinear.apply(x, e, up)  # (S, T, H)
@@ -547,11 +548,11 @@ def run_script(main):
     except UserError as error:
         sentence = str(error)
     except (RuntimeError, MemoryError) as error:
-        if 'allocate' in str(error):  # torch's messages say so, on a CPU and on a GPU
+        if any(words in repr(error) for words in ('allocate', 'out of memory', 'MemoryError')):
             sentence = ('out of memory: make the model smaller, or for training raise '
                         'gradient_accumulation_steps.')
-        elif 'C++ compiler' in str(error):
-            sentence = '--compile needs a C++ compiler: install g++, or leave it out.'
+        elif 'C++ compiler' in str(error) or 'C compiler' in str(error):  # inductor's and Triton's messages
+            sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
             raise
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
@@ -565,7 +566,7 @@ def usable_device(name):
     with suppress(Exception):  # torch raises many kinds
         torch.zeros(1, device=name).item()
         return name
-    raise UserError(f'device={name} cannot be used here; try --device=auto.')
+    raise UserError(f'device={name} cannot be used here; try --device=cpu.')
 
 
 @contextmanager

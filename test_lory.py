@@ -153,8 +153,13 @@ def test_lean_merge_is_the_formula_in_output_and_every_gradient():
     assert_close(lean, with_gradients(swiglu(x, *ffn.merged(e)), inputs))
 
 
+BACKENDS = [None, 'aot_eager_decomp_partition']  # of torch.compile; this one needs no C++ compiler
+
+
+@pytest.mark.filterwarnings('ignore:.*script_method:DeprecationWarning')  # torch's own
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('apart', [1.0, 0.003])
-def test_bfloat16_autocast_stays_near_the_float32_formula(apart):
+def test_bfloat16_autocast_stays_near_the_float32_formula(apart, backend):
     """Also just after warm-up, when experts differ by less than bfloat16 resolves, and the router's
     gradient is made of their difference."""
     ffn = randomize(LoryFFN(tiny_config(n_embd=64, ffn_hidden=96)), scale=0.1).float()
@@ -163,8 +168,9 @@ def test_bfloat16_autocast_stays_near_the_float32_formula(apart):
     x = torch.randn(2, 24, 64, requires_grad=True)
     inputs = [x, *ffn.parameters()]
     y, e = ffn(x)
+    running = torch.compile(ffn, backend=backend) if backend else ffn
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        y16, e16 = ffn(x)
+        y16, e16 = running(x)
     assert y16.dtype == torch.bfloat16
     assert_close(e16, e)  # float32 in both
     for exact, rounded in zip(with_gradients(y, inputs), with_gradients(y16.float(), inputs)):
@@ -172,7 +178,7 @@ def test_bfloat16_autocast_stays_near_the_float32_formula(apart):
 
 
 @pytest.mark.filterwarnings('ignore:.*script_method:DeprecationWarning')  # torch's own
-@pytest.mark.parametrize('backend', [None, 'aot_eager_decomp_partition'])  # which needs no C++ compiler
+@pytest.mark.parametrize('backend', BACKENDS)
 def test_merged_weights_are_not_kept_for_backward(backend):
     """What autograd saves does not grow with the number of segments times the size of an expert."""
     ffn = randomize(LoryFFN(tiny_config(n_embd=32, ffn_hidden=512, block_size=64, segment_len=1)))
@@ -413,14 +419,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / 'f').read_text() == 'old' and os.listdir(tmp_path) == ['f']
 
 
-@pytest.mark.parametrize('message, word', [
-    ('CUDA: tried to allocate 2 GiB', 'out of memory'), ('No working C++ compiler found', 'g[+][+]'),
-    ('else', '')])
-def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(message, word, capsys):
-    def main():
-        raise RuntimeError(message)
-    with pytest.raises(SystemExit if word else RuntimeError, match='2' if word else message):
-        lory.run_script(main)
+@pytest.mark.parametrize('error, word', [
+    (RuntimeError('CUDA: tried to allocate 2 GiB'), 'out of memory'), (MemoryError(), 'out of memory'),
+    (RuntimeError('CUDA error: out of memory'), 'smaller'),
+    (RuntimeError('No working C++ compiler found'), 'g[+][+]'),
+    (RuntimeError('Failed to find C compiler.'), 'gcc'), (RuntimeError('else'), '')])
+def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(error, word, capsys):
+    with pytest.raises(SystemExit if word else RuntimeError, match='2' if word else 'else'):
+        lory.run_script(mock.Mock(side_effect=error))
     assert re.fullmatch(f'[^\n]*{word}[^\n]*[.]\n' if word else '', capsys.readouterr().err)
 
 

@@ -78,7 +78,7 @@ def flags():
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
     flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', low=1)
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
-    flag('dtype', 'auto', 'number type of the matmuls; auto: bfloat16 where the processor has it',
+    flag('dtype', 'auto', 'number type of the matmuls; auto: bfloat16 on a GPU or x86 CPU that has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model')
     flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
@@ -221,10 +221,10 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                write_log(f'{args.out_dir}/log.csv', rows)
-                # ckpt.pt comes last: after a crash the run resumes from the old one and writes all again.
+                # best.pt first: after a crash the run resumes from the old ckpt.pt and writes both again.
                 for name in ('best', 'ckpt') if best else ('ckpt',):
                     save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
+                write_log(f'{args.out_dir}/log.csv', rows)  # which a run that resumes writes, too
             pause = time.perf_counter() - paused
 
     if dist.is_initialized():
