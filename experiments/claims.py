@@ -75,14 +75,14 @@ GROUPS = {  # in the order in which they are made
     'e8 half switch no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
     'e8 half mixtral no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
 }
-# Order against batch: the same tokens, three learning rates for each, warm-ups of 150 updates.
+# Order against batch: the same tokens, several learning rates for each, warm-ups of 150 updates.
 for group in ('dense half', 'e8 half T256'):
     GROUPS[f'{group} shuffled'] = f'{GROUPS[group]} --dataset=shuffled'
     for order in ('', ' shuffled'):
         flags = GROUPS[group + order]
         for rate in ('2e-3', '4.5e-3'):  # 3e-3 is the default
             GROUPS[f'{group}{order} lr {rate}'] = f'{flags} --learning_rate={rate}'
-        for rate in ('4e-3', '6e-3', '9e-3'):
+        for rate in ('4e-3', '6e-3', '9e-3', '1.35e-2'):
             GROUPS[f'{group}{order} batch 16 lr {rate}'] = (
                 f'{flags} --batch_size=16 --max_iters=750 --warmup=0.2 --learning_rate={rate}')
 SCRIPTS = {  # what trains a group, if not train.py
