@@ -34,10 +34,10 @@ One letter, one meaning, in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs, B * N
-    e  routing weights (B, N, E)   W  merged weights (S, in, out)
-    h  mean of a segment (..., D)  in, out  D and H, or H and D
+    e  routing weights (B, N, E)   W  merged weights (S, in, out)            i   an expert
+    h  mean of a segment (..., D)  in, out  D and H, or H and D              k   a segment
 
-To merge, e is flattened to (S, E). In generation S is B: each sequence has one merged FFN.
+To merge, e is flattened to (S, E). In generation S is B, one merged FFN a sequence. In attention k are keys.
 
 Ours, not the paper's: the learned prior, stored as the router's bias, for segment 1 and for prompts of one
 token; dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
@@ -123,7 +123,7 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        # Drawn for use outside of a Lory. Inside of one, init_weights draws them anew.
+        # For a LoryFFN used alone. Inside a Lory, init_weights draws them anew.
         self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
@@ -140,8 +140,7 @@ class LoryFFN(nn.Module):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
         if self.first_segment == 'prior':
-            # Ours: the softmax of router(0), its bias, which depends on no token. The same learned bias
-            # enters the routing of all later segments.
+            # Ours: softmax(bias), as of router(0). No token enters. All later segments share the bias.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
@@ -158,14 +157,13 @@ class LoryFFN(nn.Module):
 
     def forward(self, x, cache=None):
         """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); with a cache (B, 1, E)"""
+        if self.router is None:
+            return self.forward_dense(x, cache)
+        if cache is not None:
+            return self.forward_cached(x, cache)
         B, L, D = x.shape
         T = min(self.segment_len, L)  # a text shorter than a segment is one short segment
         N = math.ceil(L / T)
-        if self.router is None:
-            e = x.new_ones(B, N if cache is None else 1, 1)
-            return swiglu(x, self.gate[0], self.up[0], self.down[0]), e
-        if cache is not None:
-            return self.forward_cached(x, cache)
         if N * T > L:
             # Pad the last segment. The zeros make its mean wrong, but no segment follows for it to route.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
@@ -191,6 +189,11 @@ class LoryFFN(nn.Module):
             cache.merged = self.merged(cache.e[:, 0])
         return swiglu(x, *cache.merged), cache.e
 
+    def forward_dense(self, x, cache):
+        """E = 1: one FFN for all of x (B, L, D). -> as forward, with routing weights of 1"""
+        N = math.ceil(x.shape[1] / self.segment_len) if cache is None else 1
+        return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), N, 1)
+
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
 
@@ -210,7 +213,7 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # torch.compile takes the autocast of the forward pass into this one, where it would round de.
+        # Under torch.compile the autocast of the forward pass would be on here, too, and would round de.
         with torch.autocast(x.device.type, enabled=False):
             # Merge θᵀ rather than transpose W. Otherwise torch.compile sees merge(e, θ) twice, computes it
             # once, and keeps it in memory until here.
@@ -236,8 +239,8 @@ def lean_swiglu(x, e, gate, up, down):
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
 
 def rotation(pos, hs):
-    """Rotary position embedding (arXiv:2104.09864). At position pos, channel pair i turns by the angle
-    pos * 10000^(-2i/hs), so attention scores depend only on the distance between positions.
+    """Rotary position embedding (arXiv:2104.09864). At position pos, channel pair j turns by the angle
+    pos * 10000^(-2j/hs), so attention scores depend only on the distance between positions.
     pos (L,) -> cos and sin, (L, hs/2)"""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)  # (hs/2,)
     angle = pos[:, None] * freq  # (L, hs/2)
@@ -245,7 +248,7 @@ def rotation(pos, hs):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (i, i + hs/2) of x (B, nh, L, hs). cos and sin (L, hs/2) -> (B, nh, L, hs)"""
+    """Turn the pairs (j, j + hs/2) of x (B, nh, L, hs). cos and sin (L, hs/2) -> (B, nh, L, hs)"""
     a, b = x.chunk(2, -1)  # (B, nh, L, hs/2) both
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -285,7 +288,7 @@ class Attention(nn.Module):
             k, v = cache.remember(k, v)  # (B, nh, tokens kept, hs) both
         # L > 1: a text or a prompt, with the causal mask. L = 1: a new token, which sees all that is kept.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=L > 1)  # (B, nh, L, hs)
-        return self.proj(y.transpose(1, 2).reshape(B, L, D))
+        return self.proj(y.transpose(1, 2).reshape(B, L, D))  # (B, L, D)
 
 
 class Block(nn.Module):
@@ -312,7 +315,7 @@ class Lory(nn.Module):
     that is built from a config, is called with (x, cache) and returns (output, routing weights). An
     `aux_loss` that it sets is added to the loss in training. Names and shapes of its parameters matter.
     Those of three dimensions are taken for experts (E, in, out). Those in a submodule `router` get no
-    gradient in dense warm-up and do not count as active. init_weights fills all, `down` with less.
+    gradient in dense warm-up and do not count as active. init_weights draws all, `down` smaller.
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -351,14 +354,14 @@ class Lory(nn.Module):
         """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
         (B, N, E); with caches (B, 1, E), those of the prompt"""
         x = self.embed(idx)  # (B, L, D)
-        routing, L = [], idx.shape[1]
+        weights, L = [], idx.shape[1]
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x, e = block(x, rope, cache)
-            routing.append(e)
-        return self.norm(x), routing
+            weights.append(e)
+        return self.norm(x), weights
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
@@ -369,25 +372,24 @@ class Lory(nn.Module):
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
             flat = logits.flatten(0, 1)  # (B * L, V)
-            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # targets (B * L,)
             if self.training:
                 loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
         return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
 
-    # Dense warm-up (Sec. 4.1, G.3). At the start hidden states mean little, so a router has nothing to choose
-    # by, and experts should part from something that works. The paper trains a dense model first, then copies
-    # its FFN into every expert. Here the experts exist from the start. Equal experts with equal gradients
-    # stay equal, and merge to one FFN however they are routed: the model is dense. A training loop calls the
-    # next two methods in each step of warm-up. When the calls stop, experts part: the paper's upcycling. (At
-    # our size a run without warm-up, whose experts begin equal all the same, ends no worse.)
+    # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
+    # Here the experts exist from the start. Equal experts with equal gradients stay equal, and merge to one
+    # FFN however they are routed: the model is dense. A training loop calls the next two methods in each
+    # step of warm-up. When the calls stop, experts part: the paper's upcycling. (At our size a run without
+    # warm-up, whose experts begin equal all the same, ends no worse.)
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        The mean is 1/E of what a dense FFN would get. Adam divides a gradient by its usual size, so it moves
-        the experts as it would move the dense FFN. After warm-up expert i gets Σ_k e(k)_i dW(k), about as
-        much, so Adam's averages need no reset. (Clipping sees the experts' norm √E times smaller.)"""
+        The mean is 1/E of what a dense FFN would get. Adam's step ignores the factor. After warm-up expert i
+        gets Σ_k e(k)_i dW(k), of about the same size as the mean, so Adam's averages need no reset. (The norm
+        that is clipped is √E times smaller.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -495,12 +497,12 @@ def draw(logits, temperature, top_k, top_p):
     """Draw the next token of each sequence. (B, V) -> (B,)"""
     if temperature < 1e-5:  # 0 is greedy
         return logits.argmax(-1)
-    p, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) both
+    share, token = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (B, V) both
     if top_k > 0:
-        p = p[:, :top_k]  # (B, top_k), the likeliest
-    p = p / p.sum(-1, keepdim=True)
-    p = p * (p.cumsum(-1) - p <= top_p)  # drops a token if those likelier than it hold more than top_p
-    return token.gather(-1, torch.multinomial(p, 1))[:, 0]
+        share = share[:, :top_k]  # (B, top_k), the likeliest
+    share = share / share.sum(-1, keepdim=True)
+    share = share * (share.cumsum(-1) - share <= top_p)  # keeps tokens until they hold more than top_p
+    return token.gather(-1, torch.multinomial(share, 1))[:, 0]
 
 
 # --- Flags, files and errors, shared by the scripts. ---
@@ -531,7 +533,7 @@ def make_parser(doc):
 
 
 def tell(text, end='\n'):
-    """Print at once. When that fails, as it does after `| tee` has gone with Ctrl-C, go on in silence."""
+    """Print at once. If stdout is gone (Ctrl-C ends `| tee`, too), go on in silence."""
     try:
         print(text, end=end, flush=True)
     except OSError:
@@ -611,8 +613,8 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
 
 
 def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Of several
-    ranks each maps the file instead of reading all of it, and one on each machine verifies it."""
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under
+    torchrun each rank maps the file instead of reading all of it, and one on each machine verifies it."""
     ckpt, rank = {}, os.environ.get('LOCAL_RANK')
     try:
         with zipfile.ZipFile(path) as archive:

@@ -315,7 +315,8 @@ def nearest(X, k):
     XT, lists, n_docs = X.T.tocsr(), [], X.shape[0]
     for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
         cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
-        # Cosine and number in one integer: no two are equal, and the least are the best.
+        # Number minus cosine, as one integer: no two are equal, the least are the best, and none of cosine 0
+        # is negative.
         rank = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
         # The k + 1 best, for a document is its own neighbour.
         best = np.sort(np.partition(rank, min(k, n_docs - 1))[:, :k + 1]).tolist()

@@ -270,8 +270,8 @@ def spread(model):
     (1, {}), (0, {}), (200, dict(n_experts=3, n_embd=10, n_head=1, ffn_hidden=7))])
 def test_dense_warmup_trains_the_dense_model_and_then_experts_part(router, shape):
     """Tied experts stay equal bit for bit. However they are routed, they make the dense model of one
-    expert. It is the one trained beside them, up to rounding and Adam's epsilon, which meets dW / E here
-    and dW there. Untied experts part, unless the router is zero."""
+    expert. That equals the dense model trained beside them, but for rounding and Adam's epsilon, which
+    meets dW / E here and dW there. Untied experts part, unless the router is zero."""
     model, dense = Lory(tiny_config(**shape)), Lory(tiny_config(**shape | dict(n_experts=1)))
     for block in model.blocks:
         block.ffn.router.weight.data *= router

@@ -203,7 +203,7 @@ def main(argv=None, build=Lory):
             say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
         # --- validate ---
-        paused, best = time.perf_counter(), False
+        started, best = time.perf_counter(), False
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
@@ -225,7 +225,7 @@ def main(argv=None, build=Lory):
                 for name in ('best', 'ckpt') if best else ('ckpt',):
                     save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)  # which a run that resumes writes, too
-            pause = time.perf_counter() - paused
+            pause = time.perf_counter() - started
 
     if dist.is_initialized():
         wrapped = optimizer = None  # a wrapper that outlives its process group may abort at exit
@@ -246,8 +246,8 @@ SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'fi
 
 
 def read_settings(argv):
-    """-> flags, config, and the checkpoint that the run starts from or None. Flags are read twice: to find
-    the checkpoint, then with its settings, and the preset's over them, as defaults."""
+    """-> flags, config, and the checkpoint that the run starts from or None. Flags are parsed twice: to find
+    the checkpoint, then with its settings and the preset's as defaults."""
     parser, saved, settled, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
@@ -380,8 +380,7 @@ def check_finite(step, loss):
 
 
 def time_left(step, seconds, pause, args):
-    """Estimated from the steps and validations (with their saving) to come. The log line comes before a
-    validation in its own step, so that one counts."""
+    """From the steps and validations (with their saving) to come, one in this very step included."""
     validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
     return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
