@@ -130,8 +130,8 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """softmax(router(h)), where h is the mean of a segment. The router runs in its own dtype, even under
-        autocast. (..., T, D) -> (..., E)"""
+        """softmax(router(h)), where h is the mean of a segment, in the router's own dtype even under autocast.
+        (..., T, D) -> (..., E)"""
         h = x.mean(-2)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h.to(self.router.weight.dtype)).softmax(-1)

@@ -519,7 +519,8 @@ def wrap(model, args, device, world):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if args.compile:
         for part in model.blocks if args.shard else [model]:
-            part.compile()
+            # Not part.compile(): with FSDP2's hooks around it torch would leave out a checkpointed block.
+            part.forward = torch.compile(part.forward)
     if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
         if model.config.n_embd % world or model.config.ffn_hidden % world:
             raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -51,6 +52,27 @@ def test_forward_compiles_as_one_graph_once(n_experts):
     for i in range(6):
         loss = update(model, running, optimizer, idx, tied=i < 3)
         assert_close(loss, update(plain, plain, other, idx, tied=i < 3))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize('shard', [False, True])
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_a_wrapped_model_is_compiled(shard, checkpointing, tmp_path, monkeypatch):
+    """What torch.compile skips is no error, only slower. The blocks of a sharded model share one graph."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=graphs))
+    plain, idx = Lory(config(), seed=1), torch.randint(50, (2, 25))
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        with torch.device('meta' if shard else 'cpu'):
+            model = Lory(config(), seed=1)
+        args = Namespace(compile=True, shard=shard, activation_checkpointing=checkpointing, seed=1)
+        running = train.wrap(model, args, 'cpu', 1)
+        loss = update(model, running, model.optimizer(**ADAM), idx, tied=False)
+    finally:
+        dist.destroy_process_group()
+    assert_close(loss, update(plain, plain, plain.optimizer(**ADAM), idx, tied=False))
     assert graphs.frame_count == 1
 
 
