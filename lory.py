@@ -140,7 +140,7 @@ class LoryFFN(nn.Module):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
         if self.first_segment == 'prior':
-            # Ours: softmax(bias), as of router(0). No token enters. All later segments share the bias.
+            # Ours: softmax(router(0)), that is softmax(bias). No token enters. Later segments share the bias.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
