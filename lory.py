@@ -130,8 +130,8 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """softmax(router(h)), where h is the mean of a segment, in the router's own dtype even under autocast.
-        (..., T, D) -> (..., E)"""
+        """softmax(router(h)), where h is the mean of a segment. (..., T, D) -> (..., E)
+        It is computed in the router's own dtype, even under autocast."""
         h = x.mean(-2)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h.to(self.router.weight.dtype)).softmax(-1)
@@ -411,8 +411,8 @@ class Lory(nn.Module):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
         if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f'the prompt has the shape {tuple(idx.shape)}: it must be (B, L), with 1 to '
-                            f'block_size={self.config.block_size} tokens.')
+            raise UserError(f'the prompt has the shape {tuple(idx.shape)}, and not (B, L) with 1 to '
+                            f'block_size={self.config.block_size} tokens: shorten a longer one.')
         if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
             raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
                             "model's own tokenizer.")

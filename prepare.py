@@ -191,13 +191,13 @@ def read_inputs(paths):
             text = ''
         if not text.strip() or '\0' in text:
             skipped.append(source)
-        elif file.suffix.lower() == '.jsonl':
+        elif file.suffix.lower() in ('.jsonl', '.ndjson'):
             docs += read_jsonl(text, source, domain)
         else:
             docs.append(Document(text, domain, source))
     if skipped:
         examples = ', '.join(skipped[:5])
-        report('skipped', f'{len(skipped):,} inputs, no UTF-8 text or made by these scripts, as {examples}')
+        report('skipped', f'{len(skipped):,} inputs, not readable UTF-8 or of these scripts: {examples}')
     # A domain's name gets into log lines and legends, where matplotlib hides what begins with _ and reads
     # mathematics between dollars. Odd characters become numbers, so that two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -564,7 +564,8 @@ def main(argv=None):
     report('read', f'{len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
-        raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels.')
+        raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels, or one '
+                        'folder in place of many files.')
 
     originals, copies = unique(docs)
     val, train = hold_out(originals, args.val_fraction)

@@ -548,7 +548,7 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
         'books/.git/config': 'hidden', 'books/empty.txt': ' \n', 'books/latin.txt': b'caf\xe9',
         'books/sea/picture.png': b'\x89PNG', 'books/sea/zeros.bin': b'\0\1\2',
         'books/out/ckpt.pt': '', 'books/out/log.csv': 'a run', 'books/data/train_docs.npz': '',
-        'books/data/meta.json': 'a dataset', 'books/raw.jsonl': '{"text": "books: in \u2028 line"}',
+        'books/data/meta.json': 'a dataset', 'books/raw.ndjson': '{"text": "books: in \u2028 line"}',
         'feed.JSONL': [dict(text='news: one', domain='news'), dict(text='feed.JSONL: null', domain=None),
                        dict(text='0: <|endoftext|>', domain=0), dict(text='')]})
     for link, target in ('books/link', 'elsewhere'), ('elsewhere/loop', 'books'), ('books/broken', 'none'):
@@ -558,7 +558,7 @@ def test_input_kinds(tmp_path, capsys, monkeypatch):
     assert [doc.domain for doc in docs] == [doc.text.split(':')[0] for doc in docs]
     assert len({doc.source for doc in docs}) == len({doc.text for doc in docs}) == len(docs) == 9
     assert docs[5].text == 'note.txt: two\nlines'
-    assert regex.search('8 inputs.* as books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
+    assert regex.search('8 inputs.*: books/broken, books/data, books/empty.txt,', capsys.readouterr().out)
 
 
 def test_one_label_is_one_domain(tmp_path, monkeypatch):
@@ -1080,9 +1080,10 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
     assert set(os.listdir(out)) == {'best.pt', 'ckpt.pt', 'log.csv'}
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(run_home):
+def test_a_second_ctrl_c_ends_the_run_at_once(run_home, capfd):
     with at_call(train, 'get_batch', 3, lambda: (ctrl_c(), ctrl_c())), pytest.raises(KeyboardInterrupt):
         run(train, run_home, *TINY, '--out_dir=twice')
+    assert 'once more' in capfd.readouterr().err
     assert os.listdir(run_home / 'twice') == ['log.csv']
 
 
@@ -1294,6 +1295,7 @@ def test_sample_prints_what_generate_makes_and_stops(run_home, sampled):
     shown = sampled(*greedily, '--show_routing', '--save_dense=dense.pt')
     assert shown.count('\nlayer') == 2 and shown.endswith(f'\nThe value{text}\n')
     assert sampled(*greedily, '--checkpoint=dense.pt') == f'The value{text}\n'
+    assert load_checkpoint(run_home / 'dense.pt')[1]['args']['dataset'] == 'own', 'to train on from it'
     stopped = sampled(*greedily, f'--stop={text[3:6]}')[9:-1]
     assert text.startswith(stopped) and text[3:6] in stopped and len(stopped) < len(text)
 

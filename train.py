@@ -357,6 +357,7 @@ def catch_signals():
 
     def note(which, frame):
         signals.append(which)
+        os.write(2, b'\nstopping after this step, to save; once more stops without\n')  # print is unsafe here
         signal.signal(which, signal.default_int_handler)
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
