@@ -76,8 +76,8 @@ def main(argv=None, build=Lory):
     if args.show_routing:
         show_routing(routing[0, :, -1])
     if args.save_dense:
-        dense, trained = model.specialize(prompt), ckpt.get('args', {})  # which name the dataset
-        save_checkpoint(args.save_dense, dense, ckpt['tokenizer'], args=trained)
+        trained = ckpt.get('args', {})  # with the name of the dataset, for training on
+        save_checkpoint(args.save_dense, model.specialize(prompt), ckpt['tokenizer'], args=trained)
         print(f'dense model written; now try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)

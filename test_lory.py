@@ -211,6 +211,7 @@ def test_the_dense_model_against_a_second_implementation():
     assert_close(logits, normed(x) @ model.embed.weight.T, rtol=1e-6, atol=1e-6)  # its angles are float32
     assert loss.item() == pytest.approx(sum(terms) / 17, rel=1e-5)
     assert ffn.router is None and routing.shape == (2, 1, 2, 1)
+    assert model.prefill(idx)[1].shape == (2, 1, 1, 1), 'a prompt of two segments is routed once'
 
 
 # --- lory.py: what may depend on what. ---

@@ -82,7 +82,7 @@ for group in ('dense half', 'e8 half T256'):
         flags = GROUPS[group + order]
         for rate in ('2e-3', '4.5e-3'):  # 3e-3 is the default
             GROUPS[f'{group}{order} lr {rate}'] = f'{flags} --learning_rate={rate}'
-        for rate in ('4e-3', '6e-3', '9e-3', '1.35e-2'):
+        for rate in ('4e-3', '6e-3', '9e-3'):
             GROUPS[f'{group}{order} batch 16 lr {rate}'] = (
                 f'{flags} --batch_size=16 --max_iters=750 --warmup=0.2 --learning_rate={rate}')
 SCRIPTS = {  # what trains a group, if not train.py
