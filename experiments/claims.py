@@ -7,10 +7,10 @@ The paper's claims in miniature: the runs behind the README's tables, three seed
     python experiments/claims.py --train --table=runs-c0966a5.csv    the same from an older table
 
 A run is the default of its script (train.py but where SCRIPTS says otherwise) with its group's flags, in
-float32: some forty minutes of one core (half of that for groups called half), in runs/<group>-<seed>. One
-that was stopped goes on where it was; one whose rows stand in experiments/runs.csv is not made again. Each
-row names the commit and the data that made it. Everything is measured with first_segment=prior, strictly
-causal at every position, but where a group says otherwise.
+float32 where these name no dtype: some forty minutes of one core (half of that for groups called half), in
+runs/<group>-<seed>. One that was stopped goes on where it was; one whose rows stand in experiments/runs.csv
+is not made again. Each row names the commit and the data that made it. Everything is measured with
+first_segment=prior, strictly causal at every position, but where a group says otherwise.
 """
 import csv
 import json
@@ -75,6 +75,9 @@ GROUPS = {  # in the order in which they are made
     'e8 half switch no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
     'e8 half mixtral no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
 }
+# The number type of the matmuls, for which a processor with bfloat16 of its own is wanted.
+for group in ('dense', 'e8 T256', 'dense half', 'e8 half T256'):
+    GROUPS[f'{group} bfloat16'] = f'{GROUPS[group]} --dtype=bfloat16'
 # Order against batch: the same tokens, several learning rates for each, warm-ups of 150 updates.
 for group in ('dense half', 'e8 half T256'):
     GROUPS[f'{group} shuffled'] = f'{GROUPS[group]} --dataset=shuffled'
@@ -128,8 +131,8 @@ def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
     script, *layer = SCRIPTS.get(group, 'train.py').split()
-    command = [sys.executable, f'{ROOT}/{script}', *layer, *GROUPS[group].split(), f'--seed={seed}',
-               '--dtype=float32', '--eval_interval=1500', f'--out_dir={out}']
+    command = [sys.executable, f'{ROOT}/{script}', *layer, f'--seed={seed}', '--eval_interval=1500',
+               '--dtype=float32', *GROUPS[group].split(), f'--out_dir={out}']
     if os.path.exists(f'{out}/ckpt.pt'):
         command.append('--init_from=resume')  # train.py refuses if the run's flags are others
     with open(f'{out}.log', 'a') as output:
@@ -144,7 +147,7 @@ def read(path, group, seed):
     """Every second line of a run's log and all its validations, a row for each step, to five digits."""
     with open(f'data/{dataset_of(group)}/meta.json', encoding='utf-8') as f:
         data = json.load(f)['sha256']['train.bin'][:12]
-    made = dict(group=group, seed=seed, dtype='float32', commit=commit(), data=data)
+    made = dict(group=group, seed=seed, dtype=flag_of(group, 'dtype', 'float32'), commit=commit(), data=data)
     rows = {}
     with open(path, newline='', encoding='utf-8') as f:
         for line in csv.DictReader(f):
@@ -165,8 +168,12 @@ def commit():
     return name + '-dirty' if changed else name
 
 
+def flag_of(group, name, default):
+    return f'{GROUPS[group]} --{name}={default}'.split(f'--{name}=')[1].split()[0]
+
+
 def dataset_of(group):
-    return (GROUPS[group] + ' --dataset=builtin').split('--dataset=')[1].split()[0]
+    return flag_of(group, 'dataset', 'builtin')
 
 
 def table(name=TABLE):
