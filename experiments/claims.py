@@ -59,6 +59,7 @@ GROUPS = {  # in the order in which they are made
     'e8 half T32': '--n_experts=8 --segment_len=32 --max_iters=3000',
     'e8 half T128': '--n_experts=8 --segment_len=128 --max_iters=3000',
     'e8 half T256': '--n_experts=8 --segment_len=256 --max_iters=3000',
+    'e8 half T512': '--n_experts=8 --segment_len=512 --max_iters=3000',
     'e8 half T256 short': '--n_experts=8 --segment_len=256 --max_iters=3000',
     'dense half width 32': '--n_experts=1 --n_embd=32 --max_iters=3000',
     'e8 half width 32': '--n_experts=8 --segment_len=64 --n_embd=32 --max_iters=3000',
@@ -75,11 +76,14 @@ GROUPS = {  # in the order in which they are made
     'e8 half switch no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
     'e8 half mixtral no warm-up': '--n_experts=8 --dense_warmup=0 --max_iters=3000',
 }
+# A third length between those two, for the time to dense's loss.
+for group in ('e8 T256', 'e8', 'e32'):
+    GROUPS[f'{group} three quarters'] = f'{GROUPS[group]} --max_iters=4500'
 # The number type of the matmuls, for which a processor with bfloat16 of its own is wanted.
 for group in ('dense', 'e8 T256', 'dense half', 'e8 half T256'):
     GROUPS[f'{group} bfloat16'] = f'{GROUPS[group]} --dtype=bfloat16'
 # Order against batch: the same tokens, several learning rates for each, warm-ups of 150 updates.
-for group in ('dense half', 'e8 half T256'):
+for group in ('dense half', 'e8 half T256', 'e8 half T512'):
     GROUPS[f'{group} shuffled'] = f'{GROUPS[group]} --dataset=shuffled'
     for order in ('', ' shuffled'):
         flags = GROUPS[group + order]
