@@ -114,6 +114,19 @@ def test_token_choice_equals_a_loop_over_tokens(layer, bias):
 
 
 @TOKEN_CHOICE
+def test_bfloat16_pads_the_rows_of_an_expert_and_changes_nothing_else(layer):
+    """Output and gradients are those of float32 but for rounding."""
+    ffn = sharp(layer(small()), scale=1.0).float()
+    x, results = torch.randn(2, 15, 16), []
+    for enabled in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            y = ffn(x)[0]
+        results.append([y.float(), *torch.autograd.grad(y.float().square().sum(), ffn.parameters())])
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+@TOKEN_CHOICE
 def test_token_choice_is_causal_at_every_position_in_training_too(layer):
     model, idx = sharp(Lory(small(), ffn=layer)), torch.randint(50, (3, 24))
     for t in range(24):

@@ -130,7 +130,13 @@ class TokenChoiceFFN(LoryFFN):
         # gate, up and down of each of the K * E experts. (unbind, as gate[i] has a gradient of gate's size)
         thetas = [[theta for part in stack.chunk(self.K, dim) for theta in part.unbind()]
                   for stack, dim in ((self.gate, 2), (self.up, 2), (self.down, 1))]
-        made = torch.cat([swiglu(*expert) for expert in zip(rows, *thetas)])  # (M * K, D)
+        # On a CPU in bfloat16 oneDNN makes new code for every new number of rows, so few numbers are used.
+        multiple = 64 if torch.is_autocast_enabled(x.device.type) else 1
+        made = []
+        for mine, *theta in zip(rows, *thetas):
+            padded = F.pad(mine, (0, 0, 0, -len(mine) % multiple))
+            made.append(swiglu(padded, *theta)[:len(mine)])
+        made = torch.cat(made)  # (M * K, D)
         made = made.index_select(0, order.argsort()).view(M, self.K, D)  # as in `chosen`
         return (made * weight[..., None]).sum(1).to(x.dtype)
 
