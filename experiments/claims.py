@@ -79,9 +79,6 @@ GROUPS = {  # in the order in which they are made
 # A third length between those two, for the time to dense's loss.
 for group in ('e8 T256', 'e8', 'e32'):
     GROUPS[f'{group} three quarters'] = f'{GROUPS[group]} --max_iters=4500'
-# The number type of the matmuls, for which a processor with bfloat16 of its own is wanted.
-for group in ('dense', 'e8 T256', 'dense half', 'e8 half T256'):
-    GROUPS[f'{group} bfloat16'] = f'{GROUPS[group]} --dtype=bfloat16'
 # Order against batch: the same tokens, several learning rates for each, warm-ups of 150 updates.
 for group in ('dense half', 'e8 half T256', 'e8 half T512'):
     GROUPS[f'{group} shuffled'] = f'{GROUPS[group]} --dataset=shuffled'
@@ -92,6 +89,8 @@ for group in ('dense half', 'e8 half T256', 'e8 half T512'):
         for rate in ('4e-3', '6e-3', '9e-3'):
             GROUPS[f'{group}{order} batch 16 lr {rate}'] = (
                 f'{flags} --batch_size=16 --max_iters=750 --warmup=0.2 --learning_rate={rate}')
+# Each of them in bfloat16, too, for a processor that has it.
+GROUPS |= {f'{group} bfloat16': f'{flags} --dtype=bfloat16' for group, flags in GROUPS.items()}
 SCRIPTS = {  # what trains a group, if not train.py
     'e8 half expert choice': 'experiments/token_moe.py --layer=expert_choice',
     'e8 half switch': 'experiments/token_moe.py --layer=switch',
@@ -134,7 +133,7 @@ TABLE = 'runs.csv'
 def train(group, seed):
     """Make one run, or go on with it. -> its rows"""
     out = f'runs/{group.replace(" ", "-")}-{seed}'
-    script, *layer = SCRIPTS.get(group, 'train.py').split()
+    script, *layer = SCRIPTS.get(group.removesuffix(' bfloat16'), 'train.py').split()
     command = [sys.executable, f'{ROOT}/{script}', *layer, f'--seed={seed}', '--eval_interval=1500',
                '--dtype=float32', *GROUPS[group].split(), f'--out_dir={out}']
     if os.path.exists(f'{out}/ckpt.pt'):
@@ -326,7 +325,8 @@ def main():
     parser = make_parser(__doc__)
     base, groups = TABLES['Dense against experts']
     parser.add_argument('--train', nargs='*', default=[base, *groups], choices=GROUPS, metavar='GROUP',
-                        help=', '.join(GROUPS))
+                        help=', '.join(g for g in GROUPS if 'bfloat16' not in g)
+                        + "; each also with ' bfloat16' behind its name")
     add_flag(parser, 'workers', 2, 'runs at a time, one thread each', low=1)
     add_flag(parser, 'table', TABLE, 'result file in experiments/ to report from; new rows go to runs.csv')
     args = parser.parse_args()
