@@ -15,8 +15,8 @@ routing*: the mean hidden state of segment k-1 routes segment k (Sec. 3.1, Eq. 3
 
            segment 1            segment 2            segment 3
         x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T   hidden states entering the FFN  (B, N, T, D)
-              |                    |
-            mean                 mean                             one summary per segment         (B, N, D)
+              |                    |                    |
+            mean                 mean            (routes nothing) h, one summary per segment      (B, N, D)
               |                    |
             router               router                           softmax                         (B, N, E)
               `---------.          `---------.
@@ -33,11 +33,12 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  stacked expert weights (E, in, out)    S   merged FFNs, B * N
-    e  routing weights (B, N, E)   W  merged weights (S, in, out)            i   an expert
-    h  mean of a segment (..., D)  in, out  D and H, or H and D              k   a segment
+    N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
+    h  mean of a segment (..., D)  e  routing weights (B, N, E)              k   a segment: e(k)_i, a number
+    S  merged FFNs, B * N          W  merged weights (S, in, out)            in, out  D and H, or H and D
 
-To merge, e is flattened to (S, E). In generation S is B, one merged FFN a sequence. In attention k are keys.
+Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one a sequence, S = B.
+(In `Attention` k are keys.)
 
 Ours, not the paper's: the learned prior, stored as the router's bias, for segment 1 and for prompts of one
 token; dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
@@ -110,8 +111,8 @@ def merge(e, theta):
 
 
 def swiglu(x, gate, up, down):
-    """The FFN (arXiv:2002.05202). x (S, T, D), gate and up (S, D, H), down (S, H, D) -> (S, T, D), in
-    generation x (B, L, D). Without a first dimension, (D, H) and (H, D), one FFN serves all x (B, L, D)."""
+    """S FFNs (arXiv:2002.05202), each on its own segment. gate and up (S, D, H), down (S, H, D),
+    x (S, T, D) -> (S, T, D). One FFN, gate and up (D, H), down (H, D), serves all of x (B, L, D)."""
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -123,7 +124,7 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        # For a LoryFFN used alone. Inside a Lory, init_weights draws them anew.
+        # These numbers are for a layer used alone. In a Lory, `init_weights` overwrites them.
         self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
@@ -140,7 +141,7 @@ class LoryFFN(nn.Module):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
         if self.first_segment == 'prior':
-            # Ours: softmax(router(0)), that is softmax(bias). No token enters. Later segments share the bias.
+            # Ours: the softmax of the router's bias, which depends on no token.
             first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
@@ -151,7 +152,7 @@ class LoryFFN(nn.Module):
             before = own[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): always by segment 1
         return torch.cat([first, before], 1)  # (B, N, E)
 
-    def merged(self, e):
+    def merge_experts(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
@@ -169,7 +170,8 @@ class LoryFFN(nn.Module):
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
         e = self.route(x.view(B, N, T, D))  # (B, N, E)
         x, e_flat = x.view(B * N, T, D), e.flatten(0, 1)  # (S, T, D), (S, E)
-        # This is y = swiglu(x, *self.merged(e_flat)), but merged weights are not kept for the backward pass.
+        # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
+        # pass. To try out another FFN, write that line: the rest is the same.
         y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
@@ -186,11 +188,11 @@ class LoryFFN(nn.Module):
         made. See Cache. -> output (B, L, D), the prompt's routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
-            cache.merged = self.merged(cache.e[:, 0])
+            cache.merged = self.merge_experts(cache.e[:, 0])
         return swiglu(x, *cache.merged), cache.e
 
     def forward_dense(self, x, cache):
-        """E = 1: one FFN for all of x (B, L, D). -> as forward, with routing weights of 1"""
+        """E = 1: one FFN for all of x (B, L, D). -> output, routing weights of 1, shaped as in `forward`"""
         N = math.ceil(x.shape[1] / self.segment_len) if cache is None else 1
         return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), N, 1)
 
@@ -201,7 +203,8 @@ class MergedLinear(torch.autograd.Function):
     """y = x W with W = merge(e, θ), where W is recomputed in the backward pass.
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16.
-    Recomputing W adds E/T of the multiply-adds of x W (App. B). Chain rule of y = x W, W = Σ_i e_i θ_i:
+    Recomputing W is a second merge, E/T of the multiply-adds of x W (App. B). The chain rule of y = x W and
+    W = Σ_i e_i θ_i says:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -213,15 +216,15 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Under torch.compile the autocast of the forward pass would be on here, too, and would round de.
+        # torch.compile would carry the autocast of the forward pass in here, which would round de.
         with torch.autocast(x.device.type, enabled=False):
-            # Merge θᵀ rather than transpose W. Otherwise torch.compile sees merge(e, θ) twice, computes it
-            # once, and keeps it in memory until here.
+            # Wᵀ, merged from transposed experts. Written as W.mT, torch.compile would find that forward has
+            # computed W already, and would keep it in memory until here.
             dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
             dW = (x.mT @ dy).flatten(1)  # (S, in * out)
-            dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out), in the dtype of x
+            dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out); autograd casts it to θ's dtype
             # In the dtype of θ, float32 in training. The router learns from how de differs between experts,
-            # and just after warm-up experts differ by less than bfloat16 (or TF32) resolves.
+            # and just after dense warm-up they differ by less than bfloat16 (or TF32) resolves.
             de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
         return dx, de, dtheta
 
@@ -312,10 +315,12 @@ class Lory(nn.Module):
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. In general MyFFN is any module
-    that is built from a config, is called with (x, cache) and returns (output, routing weights). An
-    `aux_loss` that it sets is added to the loss in training. Names and shapes of its parameters matter.
-    Those of three dimensions are taken for experts (E, in, out). Those in a submodule `router` get no
-    gradient in dense warm-up and do not count as active. init_weights draws all, `down` smaller.
+    that is built from a config, is called with (x, cache) and returns (output, routing weights). Then:
+
+    - a parameter of three dimensions is taken for stacked experts (E, in, out);
+    - what is in a submodule `router` gets no gradient in dense warm-up, and does not count as active;
+    - `init_weights` draws every parameter, one called `down` smaller;
+    - an `aux_loss` that the layer sets is added to the loss in training.
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -336,10 +341,10 @@ class Lory(nn.Module):
         parameter has a random generator of its own, seeded by (seed, name), and all experts get the same
         numbers. So models of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. While the experts θ_i are equal, all de_i are equal, and then the
-        softmax passes no gradient to the router. If the router is zero as well, all e_i are equal, so all
-        dθ_i are equal, and the experts stay equal for ever. With a random router the e_i differ, and so do
-        the dθ_i = Σ_k e(k)_i dW(k), sums over segments k. The experts part, and then the router learns."""
+        The router must not begin at zero. Equal experts give it no gradient, because all de_i are equal and
+        the softmax ignores what they share. A router of zero gives equal experts equal gradients, because
+        all e_i are equal. So neither would ever change. With a random router the e(k)_i differ, and so do
+        the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -387,14 +392,14 @@ class Lory(nn.Module):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
-        The mean is 1/E of what a dense FFN would get. Adam's step ignores the factor. After warm-up expert i
-        gets Σ_k e(k)_i dW(k), of about the same size as the mean, so Adam's averages need no reset. (The norm
-        that is clipped is √E times smaller.)"""
+        The mean is 1/E of what a dense FFN would get, and Adam's step ignores the factor. After warm-up
+        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (The norm that is
+        clipped is √E times smaller.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # it is 0 but for rounding, which Adam would scale up to a full step
+                p.grad.zero_()  # it should be 0, but Adam would scale its rounding up to a full step
 
     @torch.no_grad()
     def tie_experts(self):
@@ -428,7 +433,8 @@ class Lory(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continue prompts (B, L) of equal length; yields the next tokens (B,), max_new_tokens times.
         temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Beyond block_size a token attends to
-        the block_size last ones. Prompts of different lengths need a call each: padding would enter means."""
+        the block_size last ones. Prompts of different lengths need a call each: padding would be averaged
+        into the mean that routes."""
         logits, _, caches = self.prefill(idx)
         for i in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
@@ -442,8 +448,8 @@ class Lory(nn.Module):
         return torch.cat([idx[:, :0], *new], 1)
 
     def specialize(self, idx):
-        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L). Not for a class of
-        FFN with a `forward` of its own."""
+        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L). Its FFNs must have
+        LoryFFN's forward."""
         if len(idx) != 1:
             raise UserError(f'specialize reads one prompt, (1, L), and was given {tuple(idx.shape)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
@@ -487,7 +493,7 @@ class Lory(nn.Module):
 
     def flops_per_token(self, L):
         """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
-        recomputation are not counted, so their time lowers mfu."""
+        recomputation do not count as useful work (see mfu in train.py)."""
         lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)

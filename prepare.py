@@ -46,7 +46,7 @@ PIECE = 4096            # characters in a piece of the built-in corpus, at most
 TWIN = 0.8              # Jaccard similarity from which two documents are near-duplicates
 SHARD = 100_000         # documents chained together, at most
 MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
-MIN_VAL = 64            # bytes of a domain held out, at least; none of a domain below four times that
+MIN_VAL = 64            # bytes of a domain held out, at least; a domain below 4 * MIN_VAL holds out none
 HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # for 9-grams
 LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
 DOMAINS = ['prose', 'repl', 'python', 'tests', 'cpp']  # of the built-in corpus
@@ -112,8 +112,7 @@ def read_builtin(mb_per_domain):
         files += [file for file in metadata.files(library) or ()
                   if file.suffix in ('.py', '.h', '.hpp', '.cuh')
                   and '/ATen/ops/' not in str(file)]  # that folder is generated
-    # The same shuffle for everyone. With a salt, so that the files read first are not those that hold_out
-    # takes, which go by their plain sha1.
+    # The same shuffle for everyone, salted because hold_out takes files in the order of their plain sha1.
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         try:
@@ -309,25 +308,26 @@ def embed(texts):
     return X
 
 
-def nearest(X, k):
-    """For each document the k others of highest cosine, best first. Ties go to the lower number. Documents of
-    cosine 0 are left out. The search is exact. -> n_docs lists"""
+def nearest(X, n_neighbors):
+    """For each document the n_neighbors others of highest cosine, best first. Ties go to the lower number.
+    Documents of cosine 0 are left out. The search is exact. -> n_docs lists"""
     XT, lists, n_docs = X.T.tocsr(), [], X.shape[0]
     for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
         cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
-        # Number minus cosine, as one integer: no two are equal, the least are the best, and none of cosine 0
-        # is negative.
-        rank = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
-        # The k + 1 best, for a document is its own neighbour.
-        best = np.sort(np.partition(rank, min(k, n_docs - 1))[:, :k + 1]).tolist()
-        lists += [[r % n_docs for r in row if r < 0 and r % n_docs != i][:k] for i, row in zip(block, best)]
+        # One integer to sort by: high cosines come first, then low numbers. It is negative unless the cosine
+        # is 0, and modulo n_docs it is the number.
+        key = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
+        # One more than asked for, because a document is its own neighbour.
+        best = np.partition(key, min(n_neighbors, n_docs - 1))[:, :n_neighbors + 1]
+        for i, row in zip(block, np.sort(best).tolist()):
+            others = [r % n_docs for r in row if r < 0 and r % n_docs != i]
+            lists.append(others[:n_neighbors])
     return lists
 
 
 def chain(neighbours, rng):
-    """The greedy walk: from a document to its most similar neighbour not yet used; when all are used, to a
-    random unused document. Within a document a segment resembles the one that routes it anyway; the walk
-    does the same where two documents meet. n_docs lists, best first -> order (n_docs,), number of restarts"""
+    """The greedy walk (App. C): from a document to its most similar unused neighbour, or when all of them are
+    used, to a random unused document. n_docs lists, best first -> order (n_docs,), number of restarts"""
     order, restarts = {}, -1  # a dict keeps its keys in order; the first start is no restart
     for here in rng.permutation(len(neighbours)).tolist():
         restarts += here not in order
@@ -337,7 +337,7 @@ def chain(neighbours, rng):
     return np.array(list(order), int), restarts
 
 
-def arrange(docs, order, k, seed):
+def arrange(docs, order, n_neighbors, seed):
     """-> Documents in the order they are written, number of restarts, mean cosine of adjacent documents in
     that order and in a random one (2,)
 
@@ -348,7 +348,7 @@ def arrange(docs, order, k, seed):
     for s, shard in enumerate(shards):
         X, rng = embed([docs[i].text for i in shard]), np.random.default_rng([*seed, s])
         shuffled = rng.permutation(len(shard))
-        walked, jumps = chain(nearest(X, k), rng) if order == 'similar' else (shuffled, 0)
+        walked, jumps = chain(nearest(X, n_neighbors), rng) if order == 'similar' else (shuffled, 0)
         result += [docs[i] for i in shard[walked]]
         restarts += jumps
         cosine += [X[o[:-1]].multiply(X[o[1:]]).sum() for o in (walked, shuffled)]
@@ -370,8 +370,8 @@ def in_parts(text):
 def count_words(texts, room):
     """word -> how often it occurs, up to `room` bytes of long words, from texts in random order.
 
-    In text without blanks a whole clause counts as one word, and nearly all are long and new. Merging them
-    takes long, and more would hardly change which pairs are frequent. English has as many in some 50 MB."""
+    In text without blanks a clause counts as one word, long and new, so there is no end of words to merge.
+    Enough of them tell which pairs are frequent. English has as many in some 50 MB."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
         found = [word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100]  # the rest is data
@@ -512,8 +512,9 @@ def load_dataset(path, block_size):
         meta = json.loads((path / 'meta.json').read_bytes())
         if meta['format'] != FORMAT:
             raise ValueError(f'it has format {meta["format"]}, this is format {FORMAT}')
+        verify = os.environ.get('LOCAL_RANK', '0') == '0'  # once on each machine: it may take minutes
         for name in FILES - {'meta.json'}:
-            if sha256(path / name) != meta['sha256'][name]:
+            if verify and sha256(path / name) != meta['sha256'][name]:
                 raise ValueError(f'meta.json has another checksum of {name}')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'no dataset: {path} is missing or damaged ({error}); make it with prepare.py and '

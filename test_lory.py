@@ -150,7 +150,7 @@ def test_lean_merge_is_the_formula_in_output_and_every_gradient():
     assert torch.autograd.gradcheck(MergedLinear.apply, (x[..., :4], e, ffn.gate[:, :4, :6]))
     inputs = [x, e, ffn.gate, ffn.up, ffn.down]
     lean = with_gradients(lean_swiglu(*inputs), inputs)
-    assert_close(lean, with_gradients(swiglu(x, *ffn.merged(e)), inputs))
+    assert_close(lean, with_gradients(swiglu(x, *ffn.merge_experts(e)), inputs))
 
 
 BACKENDS = [None, 'aot_eager_decomp_partition']  # of torch.compile; this one needs no C++ compiler

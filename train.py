@@ -67,12 +67,12 @@ def flags():
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1); a short run wants '
-         'more, some 150 updates', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1); give a short run '
+         'more, about 150 updates', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
-    flag('beta1', 0.9, 'memory of AdamW for the gradient', below=1)
-    flag('beta2', 0.95, 'memory of AdamW for its square', below=1)
+    flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
+    flag('beta2', 0.95, "decay of AdamW's mean squared gradient", below=1)
     flag('grad_clip', 1.0, 'gradient norm above which gradients are scaled down; 0: never')
     flag('eval_interval', 750, 'updates between validations; a validation saves ckpt.pt', low=1)
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
@@ -100,10 +100,11 @@ def main(argv=None, build=Lory):
         # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
         gpu = torch.device(device) if 'cuda' in device else None
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
-    micro, left_over = divmod(args.batch_size, world * args.gradient_accumulation_steps)
+    pieces = args.gradient_accumulation_steps
+    micro, left_over = divmod(args.batch_size, world * pieces)  # micro: sequences in a forward pass
     if left_over:
         raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
-                        f'gradient_accumulation_steps={args.gradient_accumulation_steps}.')
+                        f'gradient_accumulation_steps={pieces}.')
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     say = tell if rank == 0 else lambda text: None
@@ -122,7 +123,7 @@ def main(argv=None, build=Lory):
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
     with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
-        model = build(config, seed=args.seed)  # experts begin equal, so this is the dense model
+        model = build(config, seed=args.seed)  # experts begin equal, so it computes what the dense one does
     wrapped = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
         load_weights(model, saved)
@@ -130,12 +131,12 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
+    step, losses, rows = 0, [], []  # a run is these, model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # it is {} but in float16
-        # Flags may have changed the schedule, so the log shows the rate by the old ones, too.
+        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} if the run was not in float16
+        # New flags may change the schedule. The log shows the rate by the old ones, too.
         planned = learning_rate(step, Namespace(**vars(args) | saved['args']))
         lr = learning_rate(step, args)
         say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
@@ -148,11 +149,12 @@ def main(argv=None, build=Lory):
     say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(windows)} domains')
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
         f'{config.segment_len}: {model.num_params():,} parameters, {model.num_params(active=True):,} active')
+    tied = f'; experts tied until step {tied_until:,}' if tied_until else ''
     say(f'training  {args.max_iters:,} steps of {args.batch_size} x {args.block_size} tokens, {epochs:,.1f} '
-        f'epochs, on {world} x {device} in {str(dtype)[6:]}')
+        f'epochs, on {world} x {device} in {str(dtype)[6:]}{tied}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = [], 0  # seconds: of each step since the start; of the last validation and save
+    times, pause = [], 0  # seconds of each step, and of the last validation with its saving
     signals, stop = catch_signals(), False
 
     while step < args.max_iters and not stop:
@@ -162,15 +164,14 @@ def main(argv=None, build=Lory):
         for group in optimizer.param_groups:
             group['lr'] = lr
         total = torch.zeros((), device=device)
-        for i in range(args.gradient_accumulation_steps):
+        for i in range(pieces):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
-            piece = step * args.gradient_accumulation_steps + i
-            first = (piece * world + rank) * micro
+            first = ((step * pieces + i) * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
-            # DDP reads this: exchange gradients once, after the last piece. FSDP2 does so after each.
-            wrapped.require_backward_grad_sync = i == args.gradient_accumulation_steps - 1
+            # DDP then exchanges gradients only once, after the last piece. FSDP2 does so after each.
+            wrapped.require_backward_grad_sync = i == pieces - 1
             with autocast:
-                micro_loss = wrapped(x, y)[1] / args.gradient_accumulation_steps
+                micro_loss = wrapped(x, y)[1] / pieces
             scaler.scale(micro_loss).backward()
             total += micro_loss.detach()
         scaler.unscale_(optimizer)
@@ -184,9 +185,8 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        check_finite(step, loss)
-        if not scaler.is_enabled():  # in float16 a gradient may overflow: the scaler skips that update
-            check_finite(step, norm)
+        # In float16 a gradient may overflow. The scaler skips that update.
+        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm)
         losses.append(loss)
         times.append(time.perf_counter() - began)
 
@@ -199,8 +199,6 @@ def main(argv=None, build=Lory):
             say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | '
                 f'{on_cuda(model, device, tok_s / world)}{time_left(step, seconds, pause, args)} left')
-        if step == tied_until:
-            say(f'step {step:6d} | dense warm-up ends: the {config.n_experts} equal experts are let go')
 
         # --- validate ---
         started, best = time.perf_counter(), False
@@ -209,7 +207,7 @@ def main(argv=None, build=Lory):
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
-            # Judged after segment 1, which with first_segment=self sees ahead.
+            # Compared after segment 1: with first_segment=self that segment sees ahead.
             best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'later_bpb' in row)
             say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
@@ -221,10 +219,10 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: after a crash the run resumes from the old ckpt.pt and writes both again.
+                # best.pt first: after a crash in between the run resumes from the old ckpt.pt and writes both
                 for name in ('best', 'ckpt') if best else ('ckpt',):
                     save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
-                write_log(f'{args.out_dir}/log.csv', rows)  # which a run that resumes writes, too
+                write_log(f'{args.out_dir}/log.csv', rows)
             pause = time.perf_counter() - started
 
     if dist.is_initialized():
@@ -240,7 +238,7 @@ def main(argv=None, build=Lory):
 
 # --- Settings. ---
 
-# What must agree with a checkpoint: FIXED to resume its run, SHAPE to start another run from its weights.
+# What may not differ from a checkpoint: FIXED when its run resumes, SHAPE when a run starts from its weights.
 FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 
@@ -279,7 +277,8 @@ def read_settings(argv):
 def pick_device(args):
     """-> device, dtype of autocast"""
     device, dtype = args.device, args.dtype
-    warnings.filterwarnings('ignore', 'TensorFloat32')  # torch.compile's advice; MergedLinear says why not
+    # torch.compile advises TensorFloat32, which would round the router's gradient (see MergedLinear).
+    warnings.filterwarnings('ignore', 'TensorFloat32')
     if device in ('auto', 'cuda') and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     device = usable_device(device)
@@ -310,12 +309,12 @@ def check_fit(saved, args, data):
                         f'--dataset, or prepare another with --tokenizer={args.init_from}.')
 
 
-# --- Data: windows of L + 1 tokens over the stream. Each depends on seed and number alone, see `main`. ---
+# --- Data: windows of L + 1 tokens over the stream. Window n of a run is a function of (seed, n) alone. ---
 
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    n = max(1, (n_tokens - L) // L)  # which leaves room for the offset
+    n = max(1, (n_tokens - L) // L)  # one fewer than fit, to have room for the offset
     rng = np.random.default_rng([seed, epoch])
     offset = rng.integers(min(L, n_tokens - n * L))
     return offset + L * rng.permutation(n)
@@ -374,14 +373,14 @@ def over_ranks(loss, norm, n_signals, world):
     return loss, norm, n_signals > 0
 
 
-def check_finite(step, loss):
-    if not math.isfinite(loss):
+def check_finite(step, *figures):
+    if not all(map(math.isfinite, figures)):
         raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
                         '--learning_rate, with --init_from=resume if there is a checkpoint.')
 
 
 def time_left(step, seconds, pause, args):
-    """From the steps and validations (with their saving) to come, one in this very step included."""
+    """For all steps and validations (with their saving) to come, one due in this very step included."""
     validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
     return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
 
@@ -416,7 +415,7 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """All ranks evaluate all windows: sharded blocks are gathered by all at once, and no figure is exchanged.
+    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
     -> figures, a row for log.csv: bits per byte and perplexity of each domain, over all positions and after
        segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
        above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
@@ -556,8 +555,8 @@ def load_weights(model, saved):
 
 
 def load_optimizer(model, optimizer, state):
-    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas stay as
-    the flags say."""
+    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas come
+    from the flags."""
     params = dict(model.named_parameters())
     for name, averages in state['state'].items():  # in the file's order, which the next file keeps
         p = params[name]

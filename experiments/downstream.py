@@ -56,7 +56,7 @@ class PromptFFN(LoryFFN):
 
     def forward(self, x, cache=None):  # (B, L, D) -> (B, L, D), routing weights (B, 1, E)
         e = self.route_prompt(x[:, :self.prompt])  # (B, 1, E)
-        return swiglu(x, *self.merged(e[:, 0])), e
+        return swiglu(x, *self.merge_experts(e[:, 0])), e
 
 
 def models(ckpt):

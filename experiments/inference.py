@@ -70,7 +70,7 @@ def speed(dense, model, rounds=9, n=64):
 
     def route_and_merge():
         for block in model.blocks:
-            block.ffn.merged(block.ffn.routing_weights(x))
+            block.ffn.merge_experts(block.ffn.routing_weights(x))
     for _ in range(rounds):
         for name in models:
             caches = models[name].prefill(idx)[2]

@@ -21,14 +21,14 @@ class ReroutedFFN(LoryFFN):
         T = self.segment_len
         if cache.merged is None:
             y, cache.e = self(x)
-            cache.merged = self.merged(cache.e[:, -1])
+            cache.merged = self.merge_experts(cache.e[:, -1])
             started = (x.shape[1] - 1) // T * T  # where the last segment begins
             cache.total = x[:, started:].sum(1)  # (B, D), sum of the inputs of the current segment
             return y, cache.e
         before = cache.pos - 1  # tokens read before this one
         if before % T == 0 and (self.routing == 'causal' or before == T):
             mean = cache.total[:, None] / T  # (B, 1, D), as if it were a segment of one token
-            cache.merged = self.merged(self.routing_weights(mean))
+            cache.merged = self.merge_experts(self.routing_weights(mean))
             cache.total = 0
         cache.total = cache.total + x[:, 0]
         return super().forward_cached(x, cache)
