@@ -216,16 +216,18 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # torch.compile would carry the autocast of the forward pass in here, which would round de.
-        with torch.autocast(x.device.type, enabled=False):
-            # Wᵀ, merged from transposed experts. Written as W.mT, torch.compile would find that forward has
-            # computed W already, and would keep it in memory until here.
-            dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
-            dW = (x.mT @ dy).flatten(1)  # (S, in * out)
-            dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out); autograd casts it to θ's dtype
-            # In the dtype of θ, float32 in training. The router learns from how de differs between experts,
-            # and just after dense warm-up they differ by less than bfloat16 (or TF32) resolves.
-            de = dW.to(theta.dtype) @ theta.flatten(1).mT  # (S, E)
+        # Wᵀ, merged from transposed experts. Written as W.mT, torch.compile would find that forward has
+        # computed W already, and would keep it in memory until here.
+        dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
+        dW = (x.mT @ dy).flatten(1)  # (S, in * out)
+        dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out); autograd casts it to θ's dtype
+        # The router learns from how de differs between experts. Just after dense warm-up experts are nearly
+        # equal, and bfloat16 (or TF32) would round the difference away. So the product is taken with the
+        # first expert, and with how the others differ from it.
+        parts = theta - theta[:1]  # (E, in, out)
+        parts[0] = theta[0]
+        de = (dW @ parts.to(x.dtype).flatten(1).mT).to(e.dtype)  # (S, E)
+        de[:, 1:] += de[:, :1]
         return dx, de, dtheta
 
 
