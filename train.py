@@ -195,8 +195,9 @@ def main(argv=None, build=Lory):
             mean = statistics.fmean(losses[-args.log_interval:])
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = tokens_per_step / max(seconds, 1e-9)
-            rows.append(dict(step=step, loss=mean, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
-            say(f'step {step:6d} | loss {mean:.4f} | lr {lr:.2e} | norm {norm:5.2f} | '
+            bpb = mean / math.log(2) / bytes_per_token  # as in validation: bits per byte, from nats per token
+            rows.append(dict(step=step, loss=mean, bpb=bpb, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
+            say(f'step {step:6d} | loss {mean:.4f}, {bpb:.3f} bpb | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | '
                 f'{on_cuda(model, device, tok_s / world)}{time_left(step, seconds, pause, args)} left')
 
@@ -211,7 +212,7 @@ def main(argv=None, build=Lory):
             best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'later_bpb' in row)
             say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
-                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy(), bytes_per_token)
+                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy())
 
         # --- save ---
         if validate or stop:
@@ -472,24 +473,19 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
-def plot(out_dir, rows, domains, tied_until, routing, bytes_per_token):
+def plot(out_dir, rows, domains, tied_until, routing):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
               for d, name in enumerate(domains, 1)]
-    train, val = [r for r in rows if 'loss' in r], [r for r in rows if 'val_bpb' in r]
-
+    columns = ['bpb', 'val_bpb', *(f'bpb_{name}' for name in domains)]
     loss = Figure(figsize=(8, 4.5), layout='constrained')
     ax = loss.subplots()
-    bits = [r['loss'] / math.log(2) / bytes_per_token for r in train]  # a byte, from nats a token
-    ax.plot([r['step'] for r in train], bits, color='0.75', label='training')
-    for name, label in zip(domains, labels):
-        ax.plot([r['step'] for r in val], [r[f'bpb_{name}'] for r in val], marker='.', lw=1, label=label)
-    ax.plot([r['step'] for r in val], [r['val_bpb'] for r in val], 'k', lw=2, label='mean')
-    if tied_until:
-        ax.axvline(tied_until, color='0.75', ls=':', label='end of dense warm-up')
-    ax.set(xlabel='step', ylabel='bits per byte', title='training, and validation by domain',
-           ylim=(None, 1.1 * max(val[0][f'bpb_{name}'] for name in domains)))
+    for column, label in zip(columns, ['training', 'mean of domains', *labels]):
+        points = [(r['step'], r[column]) for r in rows if column in r]
+        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', lw=1, label=label)
+    first = next(r for r in rows if 'val_bpb' in r)  # training begins far above
+    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.1 * max(first[c] for c in columns[1:])))
     ax.legend(fontsize=8)
     pictures = {'loss.png': loss}
 

@@ -157,7 +157,7 @@ def read(path, group, seed):
             if line['val_bpb'] or int(line['step']) % 100 == 0:
                 row = rows.setdefault(line['step'], dict(made, step=line['step']))
                 for name, value in line.items():
-                    kept = name.startswith(('loss', 'experts', 'val', 'later', 'bpb', 'ppl'))
+                    kept = name.startswith(('loss', 'experts', 'val', 'later', 'bpb_', 'ppl'))
                     if kept and (value or name not in row):
                         row[name] = f'{float(value):.5g}' if value else ''
     return list(rows.values())
