@@ -6,9 +6,9 @@ process, medians.
     python experiments/bench.py --size paper --compile    the paper's 0.3B shape, for a GPU: bf16, L 4096
 
 Then it profiles the matrix products in a step of dense and of 8 experts, to tell what the difference is
-made of. Writes experiments/bench-<size>-<device>.json (with --compile fewer variants, and -compiled at
-the end of the name) and draws assets/bench.png from the default and the width-256 file; with --variants
-it only prints.
+made of. Writes experiments/bench-<size>-<device>-<dtype>.json (with --compile fewer variants, and -compiled
+at the end of the name) and draws assets/bench.png from the two sizes' bfloat16 files; with --variants it
+only prints.
 """
 import json
 import os
@@ -258,7 +258,8 @@ def main():
         result = dict(size=size, config=config, batch=batch,
                       device=torch.cuda.get_device_name() if 'cuda' in device else machine, dtype=str(dtype),
                       compiled=args.compile, torch=torch.__version__, rounds=args.rounds, rows=rows)
-        name = f'bench-{size}-{device.split(":")[0]}{"-compiled" if args.compile else ""}.json'
+        compiled = '-compiled' if args.compile else ''
+        name = f'bench-{size}-{device.split(":")[0]}-{str(dtype)[6:]}{compiled}.json'
         with atomic_open(f'{HERE}/{name}', 'w') as f:
             json.dump(result, f, indent=1)
     if not args.variants:
@@ -273,7 +274,7 @@ def draw():
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained', sharey=True)
     for size, color in (('default', 'C0'), ('width256', 'C1')):
-        path = f'{HERE}/bench-{size}-cpu.json'
+        path = f'{HERE}/bench-{size}-cpu-bfloat16.json'
         if not os.path.exists(path):
             return
         with open(path) as f:
