@@ -555,22 +555,22 @@ def test_near_duplicates_equal_brute_force():
     assert len(twin_of) > 10 and sum(j < n_held for j in twin_of.values()) > 2
     assert ((similarity > .6) & (similarity < .8)).sum() > 10
     assert any(similarity[i, j] >= .8 for i in kept for j in twin_of if j < i), 'near a dropped one only'
-    train, twins = prepare.near_duplicates(docs[:n_held], docs[n_held:])
-    assert twins == [(docs[i], docs[j]) for i, j in twin_of.items()]
+    train, twins = prepare.drop_twins(docs[n_held:], 50, docs[:n_held])
+    assert [dropped for dropped, _ in twins] == [docs[i] for i in twin_of]
+    assert all(similarity[docs.index(dropped), docs.index(twin)] >= .8 for dropped, twin in twins)
     assert train == [docs[i] for i in kept]
 
 
 # --- prepare.py: chain and tokenizer. ---
 
 def naive_chain(neighbours, starts):
-    """The walk of Sec. 3.2, O(n^2). -> order, number of restarts"""
-    left, order, restarts = list(starts), [], -1  # the first start is no restart
+    """The walk of Sec. 3.2, O(n^2)."""
+    left, order = list(starts), []
     while left:
         near = [j for j in neighbours[order[-1]] if j in left] if order else []
-        restarts += not near
         order.append((near or left)[0])
         left.remove(order[-1])
-    return order, restarts
+    return order
 
 
 def test_neighbours_and_chain_agree_with_brute_force(data_docs, monkeypatch):
@@ -583,15 +583,14 @@ def test_neighbours_and_chain_agree_with_brute_force(data_docs, monkeypatch):
         ranked = [[j for j in np.argsort(-row, kind='stable').tolist() if j != i and row[j]][:5]
                   for i, row in enumerate(similarity)]  # ties go to the lower number
         assert prepare.nearest(prepare.embed(texts), 5) == ranked
-        order, restarts = prepare.chain(ranked, np.random.default_rng(7))
         starts = np.random.default_rng(7).permutation(n).tolist()
-        assert (order.tolist(), restarts) == naive_chain(ranked, starts)
-    assert np.allclose(np.diag(similarity), 1, atol=1e-3) and 0 < restarts < n / 3
+        assert prepare.chain(ranked, np.random.default_rng(7)) == naive_chain(ranked, starts)
+    assert np.allclose(np.diag(similarity), 1, atol=1e-3)
     monkeypatch.setattr(prepare, 'SHARD', 40)
-    ordered, _, cosine = prepare.arrange(data_docs, 'similar', 8, [1])
+    ordered, cosine = prepare.arrange(data_docs, 'similar', 8, [1])
     assert ordered != data_docs and cosine[0] > 2 * cosine[1]
-    for shard in np.array_split(np.arange(n), -(-n // 40)):
-        assert {ordered[i] for i in shard} == {data_docs[i] for i in shard}  # each stays in its place
+    for i in range(0, n, 40):
+        assert set(ordered[i:i + 40]) == set(data_docs[i:i + 40])  # each shard stays in its place
 
 
 @pytest.mark.parametrize('name, n_vocab', [('bpe', 500), ('byte', 257)])
@@ -662,8 +661,8 @@ def test_tokenizers_made_elsewhere(data_copy, monkeypatch):
         stored = data_read(data_copy, 'train', 'a') + data_read(data_copy, 'val', 'a')
         assert ''.join(piece for piece, _ in stored) == text
     assert prepare.load_dataset(data_copy / 'data/a', 8).val.tokens.dtype == np.uint32
-    for name in ('bare.pt', 'hf.json', 'a.txt'):
-        refused('no tokenizer', prepared, f'--tokenizer={name}')
+    for name, word in ('bare.pt', 'no tokenizer'), ('hf.json', 'no tokenizer'), ('a.txt', 'no checkpoint'):
+        refused(word, prepared, f'--tokenizer={name}')
     refused('no tokenizer', run, sample, data_copy, '--checkpoint=bare.pt')
     refused('--tokenizer=bpe', prepared, '--tokenizer=gpt2')  # the third download fails
 
@@ -690,7 +689,7 @@ def test_same_seed_same_bytes_on_another_processor(data_home, data_copy):
     optional = ' '.join(np._core._multiarray_umath.__cpu_dispatch__)
     done = shell(prepare, data_copy, *OWN, NPY_DISABLE_CPU_FEATURES=optional)
     assert (done.returncode, done.stderr) == (0, '')
-    for name in prepare.FILES:
+    for name in os.listdir(data_home / 'data/own'):
         here, there = (home / 'data/own' / name for home in (data_copy, data_home))
         assert here.read_bytes() == there.read_bytes(), name
     similar, held = data_read(data_copy, 'train'), data_read(data_copy, 'val')
@@ -721,15 +720,15 @@ def test_damaged_data_is_refused(data_copy, monkeypatch):
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
-@pytest.mark.parametrize('module, name, number', [(np, 'savez', 2), (os, 'replace', 1), (os, 'replace', 4)])
-def test_a_failed_prepare_leaves_the_old_data(module, name, number, error, data_copy):
+@pytest.mark.parametrize('name, number', [('makedirs', 2), ('replace', 1), ('replace', 4)])
+def test_a_failed_prepare_leaves_the_old_data(name, number, error, data_copy):
     """Wherever a crash or a full disk hits. Between two renames it leaves what is refused."""
     path = data_copy / 'data/own'
     old = prepare.load_dataset(path, 32).meta
     with pytest.raises((KeyboardInterrupt, UserError), match='^$|No space left'):
-        with at_call(module, name, number, mock.Mock(side_effect=error)):
+        with at_call(os, name, number, mock.Mock(side_effect=error)):
             run(prepare, data_copy, *OWN, '--seed=3')
-    assert set(os.listdir(path)) == prepare.FILES
+    assert set(os.listdir(path)) == {'meta.json', *old['sha256']}
     with pytest.raises(UserError, match='checksum') if number == 4 else nullcontext():
         assert prepare.load_dataset(path, 32).meta == old
 
@@ -1015,7 +1014,7 @@ def test_sample_prints_what_generate_makes_and_stops(run_home, capsys, monkeypat
 MISTAKES = {  # The sentence names the last flag, or says what stands after the arrow.
     prepare: ['--input nowhere -> not exist', '--input void -> too little', '--input bad.jsonl -> line 2',
               '--input same.jsonl -> too little', '--input many.jsonl -> 300 domains', '--order=best',
-              '--input list.jsonl -> line 1', '--input alike --val_fraction=.6 -> nothing is left',
+              '--input list.jsonl -> line 1', '--input alike --val_fraction=.6 -> left to train on',
               '--dataset=a/b', '--dataset=..', '--tokenizer=gpt22', '--vocab_size=256', '--val_fraction=0',
               '--n_neighbors=0', '--nonsense=1'],
     train: ['--out_dir=', '--device=gpu', '--block_size=9999999', '--shard', '--dataset=none', '--seed=-1',
