@@ -47,7 +47,7 @@ test_lory.py is this layer as a plain loop, and a good first read.
 import argparse
 import math
 import os
-import pickle
+import re
 import sys
 import zipfile
 import zlib
@@ -516,22 +516,19 @@ def draw(logits, temperature, top_k, top_p):
 # --- Flags, files and errors, shared by the scripts. ---
 
 def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
-    """Add --name=value to the parser. The value has the type of the default, a number must be in
-    low <= value < below, and a bool may stand alone, which means True."""
+    """Add --name=value to the parser. The value has the type of the default, and a number must be in
+    low <= value < below. A bool may stand alone, which means True."""
     kind = type(default)
 
     def parse(text):
-        if kind is bool:
-            return ['false', 'true'].index(text.lower()) == 1  # a ValueError for any other word
-        value = kind(text)
+        value = ['false', 'true'].index(text.lower()) == 1 if kind is bool else kind(text)
         if kind is not str and not low <= value < below:
-            limit = f' and below {below}' if below < math.inf else ''
-            raise argparse.ArgumentTypeError(f'{text} must be at least {low}{limit}')
+            raise argparse.ArgumentTypeError(f'{text} is not in {low} <= {name} < {below}')
         return value
     parse.__name__ = kind.__name__  # as in argparse's "invalid int value"
     alone = dict(nargs='?', const=True) if kind is bool else {}
-    shown = '' if default == '' else f' (default: {default})'
-    parser.add_argument(f'--{name}', default=default, type=parse, choices=choices, help=help + shown, **alone)
+    parser.add_argument(f'--{name}', default=default, type=parse, choices=choices,
+                        help=f'{help} (default: {default})', **alone)
 
 
 def make_parser(doc):
@@ -549,7 +546,7 @@ def tell(text, end='\n'):
 
 
 def run_script(main):
-    """Run a script's main(). A mistake that we know becomes one sentence on stderr and exit code 2."""
+    """Run a script's main(). What a user can mend becomes one sentence on stderr and exit code 2."""
     sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
     try:
         sys.exit(main())
@@ -557,11 +554,12 @@ def run_script(main):
         sys.exit(130)
     except UserError as error:
         sentence = str(error)
+    except OSError as error:
+        sentence = f'{error}: check the path, the rights and the free space.'
     except (RuntimeError, MemoryError) as error:
-        if any(words in repr(error) for words in ('allocate', 'out of memory', 'MemoryError')):
-            sentence = ('out of memory: make the model smaller, or for training raise '
-                        'gradient_accumulation_steps.')
-        elif 'C++ compiler' in str(error) or 'C compiler' in str(error):  # inductor's and Triton's messages
+        if re.search('allocate|out of memory|MemoryError', repr(error)):
+            sentence = 'out of memory: make the model smaller, or raise gradient_accumulation_steps.'
+        elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
             sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
             raise
@@ -581,25 +579,19 @@ def usable_device(name):
 
 @contextmanager
 def atomic_open(path, mode='wb', **kw):
-    """Write a file whole or not at all: to path.tmp, fsync, rename. UserError if it cannot be done."""
-    tmp = f'{path}.tmp'
+    """Write a file whole or not at all: to path.tmp, fsync, rename. Its folder is made if missing."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     try:
-        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-        with open(tmp, mode, **kw) as f:
+        with open(f'{path}.tmp', mode, **kw) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save turns the OSError of a full disk into a RuntimeError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f'cannot write {path} ({cause.strerror}), and what was there is unchanged: free some '
-                        'space or choose another folder.') from error
+        os.replace(f'{path}.tmp', path)
+    except RuntimeError as error:
+        raise error.__context__ or error  # torch.save hides the OSError of a full disk
     finally:
-        with suppress(OSError):  # it is there only if something failed
-            os.remove(tmp)
+        with suppress(FileNotFoundError):  # it is there only if something failed
+            os.remove(f'{path}.tmp')
 
 
 FORMAT = 2  # of checkpoints
@@ -613,33 +605,24 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
     with atomic_open(path) as f:
         torch.save(dict(rest, model=weights or model.state_dict()), f)
         f.flush()
-        try:
-            torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # reads all but tensors' numbers
-        except pickle.UnpicklingError as error:
-            raise UserError(f'{path} was not written: a checkpoint holds tensors and plain values only, so '
-                            'give a tokenizer as its dict, and numbers as int and float.') from error
+        torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # raises if read_checkpoint would
 
 
 def read_checkpoint(path):
     """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under
     torchrun each rank maps the file instead of reading all of it, and one on each machine verifies it."""
-    ckpt, rank = {}, os.environ.get('LOCAL_RANK')
+    rank = os.environ.get('LOCAL_RANK')
     try:
-        with zipfile.ZipFile(path) as archive:
-            verify = rank in (None, '0')  # torch.load does not look at the checksums
-            if not verify or archive.testzip() is None:
-                ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
-    except OSError as error:
-        raise UserError(f'cannot read {path} ({error.strerror}): choose another, or run train.py.') from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError,
-            pickle.UnpicklingError) as error:
+        # torch.load does not look at the checksums. testzip does, and returns the name of a damaged part.
+        if rank not in (None, '0') or not zipfile.ZipFile(path).testzip():
+            ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
+            if ckpt['format'] == FORMAT:
+                return ckpt
+    except Exception as error:  # zipfile and torch raise many kinds
         if 'allocate' in str(error):
-            raise  # out of memory, see run_script. All else: no zip archive, or none of torch.save's
-    found = ckpt.get('format', 'none') if isinstance(ckpt, dict) else 'none'
-    if found != FORMAT:
-        raise UserError(f'{path} is damaged or no checkpoint of format {FORMAT} (found: {found}): choose '
-                        'another, or train it again.')
-    return ckpt
+            raise  # out of memory, see run_script
+    raise UserError(f'cannot read {path}: it is missing, damaged or no checkpoint of format {FORMAT}; choose '
+                    'another, or run train.py.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -341,7 +342,8 @@ def test_checkpoints_are_read_as_written_or_refused(tmp_path):
     model, path = Lory(tiny_config(tie_embeddings=False)), tmp_path / 'ckpt.pt'
     save_checkpoint(path, torch.compile(model), None, note='kept')
     for tokenizer, step in ((object(), 1), ({}, np.float32(1))):
-        refused('plain values', save_checkpoint, path, model, tokenizer, step=step)
+        with pytest.raises(pickle.UnpicklingError):
+            save_checkpoint(path, model, tokenizer, step=step)
     again, ckpt = load_checkpoint(path)
     assert ckpt['note'] == 'kept' and again.config == model.config and not again.training
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -365,7 +367,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise OSError(28, 'No space left on device')
         return f.write(data)
     (tmp_path / 'f').write_text('old')
-    with pytest.raises(UserError, match='No space left.*unchanged'), lory.atomic_open(tmp_path / 'f') as f:
+    with pytest.raises(OSError, match='No space left'), lory.atomic_open(tmp_path / 'f') as f:
         torch.save('', SimpleNamespace(write=write))  # raises a RuntimeError that hides the cause
     with pytest.raises(RuntimeError, match='not of the disk'), lory.atomic_open(tmp_path / 'f') as f:
         f.write(b'half')
@@ -376,11 +378,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(capsys):
     said = ['tried to allocate 2 GiB', 'CUDA error: out of memory', 'No working C++ compiler found',
             'Failed to find C compiler.', 'else']
-    for error in (MemoryError(), *map(RuntimeError, said)):
+    for error in (MemoryError(), *map(RuntimeError, said), OSError(28, 'No space left')):
         with pytest.raises(RuntimeError if 'else' in error.args else SystemExit, match='else|2'):
             lory.run_script(mock.Mock(side_effect=error))
-    assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*install gcc and g[+][+].*[.]\n){2}',
-                           capsys.readouterr().err)
+    assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*install gcc and g[+][+].*[.]\n){2}'
+                           '.*No space left: .*[.]\n', capsys.readouterr().err)
 
 
 def test_what_is_said_to_nobody_is_no_error():
@@ -725,7 +727,7 @@ def test_a_failed_prepare_leaves_the_old_data(name, number, error, data_copy):
     """Wherever a crash or a full disk hits. Between two renames it leaves what is refused."""
     path = data_copy / 'data/own'
     old = prepare.load_dataset(path, 32).meta
-    with pytest.raises((KeyboardInterrupt, UserError), match='^$|No space left'):
+    with pytest.raises((KeyboardInterrupt, OSError), match='^$|No space left'):
         with at_call(os, name, number, mock.Mock(side_effect=error)):
             run(prepare, data_copy, *OWN, '--seed=3')
     assert set(os.listdir(path)) == {'meta.json', *old['sha256']}
@@ -877,7 +879,7 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
         assert vars(again.config) == vars(model.config) | dict(n_experts=n_experts)
         assert onward['tied_until'] == tied_until
         assert max(onward['losses']) < ckpt['losses'][0] - 0.3, 'it starts from scratch'
-    refused('without a run', run, train, run_home, '--init_from=resume', '--out_dir=bare')
+    refused('trained on', run, train, run_home, '--init_from=resume', '--out_dir=bare', '--dataset=own')
 
 
 def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data_copy):
@@ -964,12 +966,6 @@ def test_two_ranks_equal_one(run_home):
         assert_close(other_weights, weights, rtol=0, atol=atol)  # Adam scales rounding up
 
 
-def test_the_time_left_counts_steps_and_validations_still_to_come():
-    args = SimpleNamespace(max_iters=30, eval_interval=20)  # validations at 20 and 30, each of 5 s
-    left = [train.time_left(step, 2.0, 5.0, args).seconds for step in (1, 19, 20, 21, 30)]
-    assert left == [29 * 2 + 10, 11 * 2 + 10, 10 * 2 + 10, 9 * 2 + 5, 5]  # logged before the step's own
-
-
 @pytest.mark.parametrize('name, result', [('over_ranks', (math.inf, 1.0, False)),  # the loss of an update
                                           ('over_ranks', (3.0, math.nan, True)),  # its gradient, at Ctrl-C
                                           ('evaluate', (dict(val_bpb=math.nan), None))])
@@ -1025,7 +1021,7 @@ MISTAKES = {  # The sentence names the last flag, or says what stands after the 
             '--init_from=whole/ckpt.pt --preset=0.3b -> ffn_hidden', '--out_dir=whole -> holds a run',
             *(f'--out_dir=whole --init_from=resume --{flag}' for flag in (
                 'n_layer=3', 'n_experts=2', 'batch_size=8', 'seed=1', 'eval_windows=1', 'dense_warmup=.1',
-                'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96', 'max_iters=29 -> step 30'))],
+                'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96'))],
     sample: ['--start=FILE:none -> read none', '--start=FILE:data/own/val.bin -> UTF-8', '--temperature=nan',
              '--start=\udcff -> UTF-8', '--start=' + 'word,' * 100 + ' -> block_size', '--temperature=-1',
              '--device=foo', '--out_dir=nowhere -> read nowhere', '--save_dense=whole/ckpt.pt', '--top_k=x',

@@ -6,11 +6,8 @@ Train a Lory, or its dense baseline.
     python train.py --init_from=resume                 go on where the last run stopped
     torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
-A run leaves in out_dir: ckpt.pt (the latest state), best.pt (the best validation), log.csv, loss.png and
-experts.png (routing weights by layer and domain, Fig. 6). Ctrl-C saves and stops. A run killed at any moment
-goes on from its latest ckpt.pt and ends as if it had never stopped, on a CPU bit for bit.
-
-`main` reads from top to bottom: settings, data, model, loop. What it calls stands below it, by subject.
+A run leaves in out_dir: ckpt.pt (latest), best.pt (best validation), log.csv, loss.png, experts.png (Fig. 6).
+Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on a CPU bit for bit.
 """
 import csv
 import ctypes
@@ -21,7 +18,6 @@ import platform
 import signal
 import statistics
 import time
-import warnings
 from argparse import Namespace
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -34,7 +30,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -45,14 +40,17 @@ import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, tell, usable_device)
 
-# The paper's models and schedule (Sec. 4.1, G.3): 1M tokens a step, 150B in all. Its 0.3B/8E, for example, is
-# --preset=0.3b --n_experts=8. ffn_hidden and untied embeddings follow from its parameter counts.
+# The paper's models and schedule (Sec. 4.1, G.3). Its 0.3B/8E, for example, is --preset=0.3b --n_experts=8.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
+# What may not differ from a checkpoint: SHAPE when a run starts from its weights, FIXED when its run resumes.
+SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
+FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model, on rank 0
 
 
 def flags():
@@ -67,8 +65,7 @@ def flags():
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs (Sec. 4.1); give a short run '
-         'more, about 150 updates', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates do well', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -90,8 +87,7 @@ def flags():
 
 
 def main(argv=None, build=Lory):
-    """One run; returns the exit code. `build(config, seed=...)` makes the model: with build=partial(Lory,
-    ffn=MyFFN) it trains an FFN of your own."""
+    """One run -> its exit code. With build=partial(Lory, ffn=MyFFN) it trains an FFN of your own."""
     # --- settings ---
     args, config, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     device, dtype = pick_device(args)
@@ -103,8 +99,7 @@ def main(argv=None, build=Lory):
     pieces = args.gradient_accumulation_steps
     micro, left_over = divmod(args.batch_size, world * pieces)  # micro: sequences in a forward pass
     if left_over:
-        raise UserError(f'batch_size={args.batch_size} must be a multiple of {world} ranks x '
-                        f'gradient_accumulation_steps={pieces}.')
+        raise UserError(f'batch_size must be a multiple of {world} ranks x {pieces} accumulation steps.')
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     say = tell if rank == 0 else lambda text: None
@@ -115,8 +110,10 @@ def main(argv=None, build=Lory):
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
-    if saved:
-        check_fit(saved, args, data)
+    if args.init_from == 'resume' and saved.get('data') != data.meta['sha256']:
+        raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before.')
+    if saved and saved['tokenizer'] != data.tokenizer:
+        raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
     token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer), device=device)  # (V,)
 
@@ -136,30 +133,23 @@ def main(argv=None, build=Lory):
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
         scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} if the run was not in float16
-        # New flags may change the schedule. The log shows the rate by the old ones, too.
-        planned = learning_rate(step, Namespace(**vars(args) | saved['args']))
-        lr = learning_rate(step, args)
-        say(f'resumed   at step {step:,} of {args.max_iters:,}; lr {lr:.2e}, planned {planned:.2e}')
-        if step > args.max_iters:
-            raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
+        # New flags may change the schedule.
+        planned, lr = (learning_rate(step, a) for a in (Namespace(**vars(args) | saved['args']), args))
+        say(f'resumed   at step {step:,} with lr {lr:.2e}; by the flags until now {planned:.2e}')
     saved = None  # free its memory
-    tokens_per_step = args.batch_size * args.block_size
-    bytes_per_token = data.meta['train']['bytes'] / len(data.train.tokens)
-    epochs = args.max_iters * tokens_per_step / len(data.train.tokens)
-    say(f'data      {args.dataset}: {len(data.train.tokens):,} training tokens, {len(windows)} domains')
+    epochs = args.max_iters * args.batch_size * args.block_size / len(data.train.tokens)
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
         f'{config.segment_len}: {model.num_params():,} parameters, {model.num_params(active=True):,} active')
-    tied = f'; experts tied until step {tied_until:,}' if tied_until else ''
     say(f'training  {args.max_iters:,} steps of {args.batch_size} x {args.block_size} tokens, {epochs:,.1f} '
-        f'epochs, on {world} x {device} in {str(dtype)[6:]}{tied}')
+        f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}')
+    say(f'warm-up   experts are tied until step {tied_until:,}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    times, pause = [], 0  # seconds of each step, and of the last validation with its saving
     signals, stop = catch_signals(), False
+    times, last = [], time.perf_counter()  # seconds from update to update, and when the last one ended
 
     while step < args.max_iters and not stop:
         # --- one update ---
-        began = time.perf_counter()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -185,113 +175,100 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        # In float16 a gradient may overflow. The scaler skips that update.
-        check_finite(step, loss, 0.0 if scaler.is_enabled() else norm)
+        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips a bad gradient
         losses.append(loss)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - last)
+        last += times[-1]
 
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
+            bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']  # bits per byte
             seconds = statistics.median(times[-args.log_interval:])
-            tok_s = tokens_per_step / max(seconds, 1e-9)
-            bpb = mean / math.log(2) / bytes_per_token  # as in validation: bits per byte, from nats per token
+            tok_s = args.batch_size * args.block_size / seconds
             rows.append(dict(step=step, loss=mean, bpb=bpb, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
+            # The mean counts validations, too. The first step is slower than the rest, with --compile by far.
+            left = timedelta(seconds=round((args.max_iters - step) * statistics.fmean(times[1:] or times)))
             say(f'step {step:6d} | loss {mean:.4f}, {bpb:.3f} bpb | lr {lr:.2e} | norm {norm:5.2f} | '
-                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | '
-                f'{on_cuda(model, device, tok_s / world)}{time_left(step, seconds, pause, args)} left')
+                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}'
+                f'{left} left')
 
         # --- validate ---
-        started, best = time.perf_counter(), False
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
-            # Compared after segment 1: with first_segment=self that segment sees ahead.
-            best = figures['later_bpb'] == min(row['later_bpb'] for row in rows if 'later_bpb' in row)
             say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
-                plot(args.out_dir, rows, list(windows), tied_until, routing.numpy())
+                plot(args.out_dir, rows, list(windows), routing.numpy())
 
         # --- save ---
         if validate or stop:
             weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
+            # Compared after segment 1: with first_segment=self that segment sees ahead.
+            best = validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows)
             if rank == 0:
                 # best.pt first: after a crash in between the run resumes from the old ckpt.pt and writes both
                 for name in ('best', 'ckpt') if best else ('ckpt',):
                     save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)
-            pause = time.perf_counter() - started
 
     if dist.is_initialized():
-        wrapped = optimizer = None  # a wrapper that outlives its process group may abort at exit
+        wrapped = optimizer = None  # DDP may abort the process at exit if it outlives the process group
         gc.collect()
         dist.destroy_process_group()
     if step < args.max_iters:
         say(f'stopped at step {step}, saved; go on with --init_from=resume --out_dir={args.out_dir}')
         return 130
-    say(f'done; now try: python sample.py --out_dir={args.out_dir}' if build is Lory else 'done')
+    say(f'done; now try: python sample.py --out_dir={args.out_dir}')
     return 0
 
 
 # --- Settings. ---
 
-# What may not differ from a checkpoint: FIXED when its run resumes, SHAPE when a run starts from its weights.
-FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
-SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
-
-
 def read_settings(argv):
     """-> flags, config, and the checkpoint that the run starts from or None. Flags are parsed twice: to find
-    the checkpoint, then with its settings and the preset's as defaults."""
-    parser, saved, settled, fixed = flags(), None, {}, set()
+    the checkpoint and the preset, then with their settings as defaults."""
+    parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
         raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
-    latest, preset = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
+    latest = f'{args.out_dir}/ckpt.pt'
     if args.init_from == 'resume':
-        saved, fixed, preset = read_checkpoint(latest), FIXED, {}  # its settings already hold the preset's
-        if 'tied_until' not in saved:
-            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest} and '
-                            'another --out_dir.')
-        settled = saved['args'] | saved['config']
+        saved, fixed = read_checkpoint(latest), FIXED
+        known = saved.get('args', {}) | saved['config']
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
-        settled = saved['config'] | dict(dataset=saved.get('args', {}).get('dataset', 'builtin'))
-    args = parser.parse_args(argv, Namespace(**settled | preset | dict(out_dir=args.out_dir)))
+        known = dict(dataset=saved.get('args', {}).get('dataset', 'builtin')) | saved['config']
+    preset = {} if args.init_from == 'resume' else PRESETS[args.preset]  # a run's settings hold its preset's
+    parser.set_defaults(**known | preset | dict(out_dir=args.out_dir))
+    args = parser.parse_args(argv)
     config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
     settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
-    for name in sorted(fixed & settled.keys()):  # an older run may lack a flag
-        if settings[name] != settled[name]:
-            raise UserError(f'{name}={settled[name]!r} of the checkpoint cannot change: leave out --{name}, '
-                            'or the --preset that sets it.')
-    if args.shard and 'RANK' not in os.environ:
-        raise UserError('--shard needs torchrun: start the run with it, or say --shard=False.')
+    for name in sorted(fixed & known.keys()):  # an older run may lack a flag
+        if settings[name] != known[name]:
+            raise UserError(f'{name}={known[name]!r} of the checkpoint cannot change: leave out --{name}.')
     return args, config, saved
 
 
 def pick_device(args):
     """-> device, dtype of autocast"""
     device, dtype = args.device, args.dtype
-    # torch.compile advises TensorFloat32. Here --dtype is the way to faster matmuls.
-    warnings.filterwarnings('ignore', 'TensorFloat32')
-    if device in ('auto', 'cuda') and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if device in ('auto', 'cuda') and torch.cuda.is_available():
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     device = usable_device(device)
-    if 'cuda:' in device:
+    if 'cuda' in device:
         torch.cuda.set_device(device)
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = torch.cpu.get_capabilities().get('avx512_bf16')
     if dtype == 'auto':
-        fast = False
-        if 'cuda' in device:
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device == 'cpu':
-            fast = any(torch.cpu.get_capabilities().get(name) for name in ('avx512_bf16', 'amx_bf16'))
-        dtype = 'bfloat16' if fast else 'float32'
+        dtype = 'bfloat16' if has_bfloat16 else 'float32'
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
         # to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB. That saves a fifth of a default step.
@@ -300,25 +277,24 @@ def pick_device(args):
     return device, getattr(torch, dtype)
 
 
-def check_fit(saved, args, data):
-    """UserError if the checkpoint to start from does not fit the data."""
-    if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
-        raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before, or '
-                        'start another run with another --out_dir.')
-    if saved.get('tokenizer') != data.tokenizer:
-        raise UserError(f'{args.init_from} has another tokenizer than data/{args.dataset}: choose its own '
-                        f'--dataset, or prepare another with --tokenizer={args.init_from}.')
+# --- An update. Its windows of L + 1 tokens are numbered; number n is a function of (seed, n) alone. ---
 
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine from learning_rate to min_lr_ratio of it at max_iters (Sec. 4.1)."""
+    warmup = args.warmup * args.max_iters
+    if step < warmup:
+        return args.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / (args.max_iters - warmup)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * cosine)
 
-# --- Data: windows of L + 1 tokens over the stream. Window n of a run is a function of (seed, n) alone. ---
 
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
     n = max(1, (n_tokens - L) // L)  # one fewer than fit, to have room for the offset
     rng = np.random.default_rng([seed, epoch])
-    offset = rng.integers(min(L, n_tokens - n * L))
-    return offset + L * rng.permutation(n)
+    return rng.integers(min(L, n_tokens - n * L)) + L * rng.permutation(n)
 
 
 def get_batch(tokens, first, count, args, device):
@@ -337,18 +313,6 @@ def to_xy(windows, device):
     xy = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, L + 1)
     xy = xy.pin_memory().to(device, non_blocking=True) if 'cuda' in str(device) else xy.to(device)
     return xy[:, :-1], xy[:, 1:]
-
-
-# --- A step. ---
-
-def learning_rate(step, args):
-    """Linear warm-up, then a cosine from learning_rate to min_lr_ratio of it at max_iters (Sec. 4.1)."""
-    warmup = args.warmup * args.max_iters
-    if step < warmup:
-        return args.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, args.max_iters - warmup)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * cosine)
 
 
 def catch_signals():
@@ -374,33 +338,16 @@ def over_ranks(loss, norm, n_signals, world):
     return loss, norm, n_signals > 0
 
 
-def check_finite(step, *figures):
-    if not all(map(math.isfinite, figures)):
+def check_finite(step, figure):
+    if not math.isfinite(figure):
         raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
                         '--learning_rate, with --init_from=resume if there is a checkpoint.')
-
-
-def time_left(step, seconds, pause, args):
-    """For all steps and validations (with their saving) to come, one due in this very step included."""
-    validations = math.ceil(args.max_iters / args.eval_interval) - (step - 1) // args.eval_interval
-    return timedelta(seconds=round((args.max_iters - step) * seconds + validations * pause))
-
-
-def on_cuda(model, device, tok_s):
-    """For the log: mfu, the share of a card's bfloat16 FLOP/s in use at tok_s tokens/s, and peak memory."""
-    if 'cuda' not in device:
-        return ''
-    cards = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # by their data sheets
-    flops, name = tok_s * model.flops_per_token(model.config.block_size), torch.cuda.get_device_name(device)
-    mfu = ''.join(f'mfu {100 * flops / peak:.0f}% | ' for card, peak in cards.items() if card in name)
-    return f'{mfu}{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
 
 
 # --- Validation, always on the same windows, each domain on its own text. ---
 
 def validation_windows(split, domains, L, limit=0):
-    """Domain -> its non-overlapping windows of L + 1 tokens, or `limit` evenly spaced ones. A domain without
-    text is left out, and one shorter than a window is one short window."""
+    """Domain -> its windows of L + 1 tokens, or `limit` evenly spaced ones; the only one may be short."""
     windows = {}
     for d, name in enumerate(domains):
         # prepare.py writes domain by domain. This one ends where the first document of the next one begins.
@@ -417,34 +364,33 @@ def validation_windows(split, domains, L, limit=0):
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
-    -> figures, a row for log.csv: bits per byte and perplexity of each domain, over all positions and after
-       segment 1 ("later"), and the domains' mean. Unless tied, also experts in use, the share with a weight
-       above 2/E in any segment after the first (App. G.1, which counts over 10 training steps).
-    -> routing (n_domains, n_layer, E), mean weights over all segments after the first (Sec. 5.4)
-    Where no window has a second segment, "later" is the same as all."""
+    -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
+       ("later"), the domains' means, and unless tied the share of experts with a weight above 2/E (App. G.1)
+    -> mean routing weights (Sec. 5.4) of all but segment 1, as for that share, (n_domains, n_layer, E)"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
     used = torch.zeros(n_layer, E, device=device)
     model.eval()
     for d, (name, chosen) in enumerate(windows.items()):
-        nats, n_bytes = [], []
+        L = len(chosen[0]) - 1  # the same in all windows of a domain
+        totals = torch.zeros(3, L, device=device)  # nats, bytes and tokens at each position
         for i in range(0, len(chosen), micro):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
                 logits, _, e = model(x, return_routing=True)  # (B, L, V), (B, n_layer, N, E)
             loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction='none')  # (B * L,)
-            nats.append(loss.view_as(y))  # (B, L)
-            n_bytes.append(token_bytes[y])  # (B, L)
+            n_bytes = token_bytes[y]  # (B, L)
+            counts = n_bytes > 0  # <|endoftext|> has no bytes and does not count
+            totals += torch.stack([loss.view_as(y) * counts, n_bytes, counts]).sum(1)  # (3, L)
             e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
             used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
-        nats, n_bytes = torch.cat(nats).cpu().double(), torch.cat(n_bytes).cpu()  # (n_windows, L) both
-        for when, start in ('', 0), ('later_', T if T < n_bytes.shape[1] else 0):
-            size = n_bytes[:, start:]  # <|endoftext|> has no bytes and is not counted
-            total = (nats[:, start:] * (size > 0)).sum()
-            figures[f'{when}bpb_{name}'] = (total / size.sum() / math.log(2)).item()
-            figures[f'{when}ppl_{name}'] = (total / (size > 0).sum()).exp().item()
+        totals = totals.cpu().double()
+        for when, start in ('', 0), ('later_', T if T < L else 0):
+            nats, size, length = totals[:, start:].sum(1)
+            figures[f'{when}bpb_{name}'] = (nats / size / math.log(2)).item()
+            figures[f'{when}ppl_{name}'] = (nats / length).exp().item()
     model.train()
     means = dict(val_bpb=statistics.fmean(figures[f'bpb_{name}'] for name in windows),
                  later_bpb=statistics.fmean(figures[f'later_bpb_{name}'] for name in windows))
@@ -453,63 +399,63 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     return means | figures, routing.cpu()
 
 
-def validation_line(figures, names):
-    """What `evaluate` found, as the log shows it."""
-    line = f'validation {figures["val_bpb"]:.4f} bits per byte'
-    if figures['later_bpb'] != figures['val_bpb']:
-        line += f', {figures["later_bpb"]:.4f} after segment 1'
+# --- What a run shows and leaves behind, beside its checkpoints. ---
+
+def validation_line(figures, domains):
+    """What `evaluate` found, as the screen shows it."""
+    line = f'validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} after segment 1'
     if 'experts' in figures:
         line += f' | experts in use {100 * figures["experts"]:.0f}%'
-    return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in names)
+    return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains)
 
 
-# --- What a run leaves behind, beside its checkpoints. ---
+def on_cuda(model, device, tok_s):
+    """For the screen: the share of an H100's bfloat16 FLOP/s in use at tok_s tokens/s, and peak memory."""
+    if 'cuda' not in device:
+        return ''
+    mfu = tok_s * model.flops_per_token(model.config.block_size) / 989e12
+    return f'{100 * mfu:.0f}% of an H100 | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
+
 
 def write_log(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_open(path, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, names)
+        writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def plot(out_dir, rows, domains, tied_until, routing):
+def plot(out_dir, rows, domains, routing):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
     font = get_font(findfont(FontProperties()))
     labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
               for d, name in enumerate(domains, 1)]
     columns = ['bpb', 'val_bpb', *(f'bpb_{name}' for name in domains)]
-    loss = Figure(figsize=(8, 4.5), layout='constrained')
-    ax = loss.subplots()
+    fig = Figure(figsize=(8, 4.5), layout='constrained')
+    ax = fig.subplots()
     for column, label in zip(columns, ['training', 'mean of domains', *labels]):
-        points = [(r['step'], r[column]) for r in rows if column in r]
+        points = [(row['step'], row[column]) for row in rows if column in row]
         ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', lw=1, label=label)
-    first = next(r for r in rows if 'val_bpb' in r)  # training begins far above
+    first = next(row for row in rows if 'val_bpb' in row)  # training begins far above
     ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.1 * max(first[c] for c in columns[1:])))
     ax.legend(fontsize=8)
-    pictures = {'loss.png': loss}
+    fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
     n_layer, E = routing.shape[1:]
-    if E > 1 and rows[-1]['step'] > tied_until:  # before that the router has learned nothing
+    if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
-        pictures['experts.png'], axes = fig, fig.subplots(1, n_layer, squeeze=False, sharey=True)
-        for layer, ax in enumerate(axes[0]):
-            image = ax.imshow(routing[:, layer], vmin=0, vmax=max(2 / E, routing.max()), aspect='auto',
-                              extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
-            ax.set(title=f'layer {layer + 1}', xlabel='expert')
+        axes = fig.subplots(1, n_layer, squeeze=False, sharey=True)[0]
+        for layer, ax in enumerate(axes):
+            image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto')
+            ax.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(E), xticklabels=range(1, E + 1))
             ax.set_yticks(range(len(domains)), labels)
-        bar = fig.colorbar(image, ax=axes, label='mean routing weight (white line: 1/E)')
-        bar.ax.axhline(1 / E, color='w')
-    for name, fig in pictures.items():
-        with atomic_open(f'{out_dir}/{name}') as f:
-            fig.savefig(f, format='png', dpi=110)
+        fig.colorbar(image, ax=axes, label='mean routing weight')
+        fig.savefig(f'{out_dir}/experts.png', dpi=110)
 
 
 # --- Model and optimiser, alone or among many ranks. ---
 
 def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. Only DDP returns another object. Checkpoints are taken
-    from the model itself, so that its names in them carry no prefix."""
+    """-> the model as the loop runs it, on its device. Only DDP makes another object of it."""
     if args.activation_checkpointing:
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -517,27 +463,25 @@ def wrap(model, args, device, world):
         for part in model.blocks if args.shard else [model]:
             # Not part.compile(): with FSDP2's hooks around it torch would leave out a checkpointed block.
             part.forward = torch.compile(part.forward)
-    if args.shard:  # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs
-        if model.config.n_embd % world or model.config.ffn_hidden % world:
-            raise UserError(f'{world} ranks do not divide n_embd and ffn_hidden: say --shard=False.')
-        if list(model.buffers()):
-            raise UserError('--shard splits parameters, and these FFNs have buffers: say --shard=False.')
-        mesh = init_device_mesh(device.split(':')[0], (world,))
-        for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
-            fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
-        model.to_empty(device=device)
-        with implicit_replication():  # each rank keeps its share of what is drawn
-            model.init_weights(args.seed)
-        return model
-    model.to(device)
-    return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
-
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0, in main memory
+    if not args.shard:
+        model.to(device)
+        return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
+    # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs.
+    uneven = model.config.n_embd % world or model.config.ffn_hidden % world
+    if uneven or not dist.is_initialized() or list(model.buffers()):
+        raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
+                        'divide, and FFNs without buffers: change these, or say --shard=False.')
+    mesh = dist.init_device_mesh(device.split(':')[0], (world,))
+    for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
+        fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
+    model.to_empty(device=device)
+    with implicit_replication():  # each rank keeps its share of what is drawn
+        model.init_weights(args.seed)
+    return model
 
 
 def share(p, whole):
-    """What this rank keeps of `whole`, a tensor with the dimensions of p: all of it, unless p is sharded."""
+    """What this rank keeps of `whole`, for a parameter p: its share if p is sharded, but all of a number."""
     if isinstance(p, DTensor) and whole.dim() > 0:
         return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
     return whole
@@ -546,13 +490,11 @@ def share(p, whole):
 def load_weights(model, saved):
     """Take the weights of a checkpoint. Those of a dense model fill every expert."""
     params = model.state_dict()
-    weights = {name: share(params[name], w) for name, w in saved['model'].items() if name in params}
-    model.fill(weights, saved['layer'])
+    model.fill({name: share(params.get(name), w) for name, w in saved['model'].items()}, saved['layer'])
 
 
 def load_optimizer(model, optimizer, state):
-    """Take Adam's averages from a checkpoint, one parameter at a time. Learning rate, decay and betas come
-    from the flags."""
+    """Take Adam's averages from a checkpoint. Learning rate, decay and betas come from the flags."""
     params = dict(model.named_parameters())
     for name, averages in state['state'].items():  # in the file's order, which the next file keeps
         p = params[name]
