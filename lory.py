@@ -107,7 +107,7 @@ class LoryConfig:
 def merge(e, theta):
     """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (S, E), (E, in, out) -> (S, in, out)"""
     flat = e.to(theta.dtype) @ theta.flatten(1)  # (S, in * out)
-    return flat.view(-1, *theta.shape[1:])
+    return flat.view(-1, *theta.shape[1:])  # (S, in, out)
 
 
 def swiglu(x, gate, up, down):
@@ -131,7 +131,7 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """softmax(router(h)), where h is the mean of a segment. (..., T, D) -> (..., E)
+        """softmax(router(h)), where h is the mean of a segment, or of a prompt. (..., T, D) -> (..., E)
         It is computed in the router's own dtype, even under autocast."""
         h = x.mean(-2)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
@@ -168,8 +168,9 @@ class LoryFFN(nn.Module):
         if N * T > L:
             # Pad the last segment. The zeros make its mean wrong, but no segment follows for it to route.
             x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
-        e = self.route(x.view(B, N, T, D))  # (B, N, E)
-        x, e_flat = x.view(B * N, T, D), e.flatten(0, 1)  # (S, T, D), (S, E)
+        x = x.reshape(B, N, T, D)
+        e = self.route(x)  # (B, N, E)
+        x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
         # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
         # pass. To try out another FFN, write that line: the rest is the same.
         y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
@@ -216,14 +217,14 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # (S, T, out)
         x, e, theta = ctx.saved_tensors
-        # Wᵀ, merged from transposed experts. Written as W.mT, torch.compile would find that forward has
-        # computed W already, and would keep it in memory until here.
+        # Wᵀ, merged from transposed experts. Were this merge(e, θ).mT, torch.compile would know W from the
+        # forward pass, and keep it in memory until here.
         dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
         dW = (x.mT @ dy).flatten(1)  # (S, in * out)
         dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out); autograd casts it to θ's dtype
         # The router learns from how de differs between experts. Just after dense warm-up experts are nearly
         # equal, and bfloat16 (or TF32) would round the difference away. So the product is taken with the
-        # first expert, and with how the others differ from it.
+        # first expert and with how the others differ from it. The two are added in the dtype of e.
         parts = theta - theta[:1]  # (E, in, out)
         parts[0] = theta[0]
         de = (dW @ parts.to(x.dtype).flatten(1).mT).to(e.dtype)  # (S, E)
@@ -343,10 +344,10 @@ class Lory(nn.Module):
         parameter has a random generator of its own, seeded by (seed, name), and all experts get the same
         numbers. So models of 1 and of 8 experts begin as the same function.
 
-        The router must not begin at zero. Equal experts give it no gradient, because all de_i are equal and
-        the softmax ignores what they share. A router of zero gives equal experts equal gradients, because
-        all e_i are equal. So neither would ever change. With a random router the e(k)_i differ, and so do
-        the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
+        The router must not begin at zero, or experts and router would wait for each other for ever. Equal
+        experts give the router no gradient: all de_i are equal, and the softmax ignores what they share. A
+        router of zero gives equal experts equal gradients: all e(k)_i are equal. With a random router the
+        e(k)_i differ, and so do the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -395,8 +396,8 @@ class Lory(nn.Module):
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
         The mean is 1/E of what a dense FFN would get, and Adam's step ignores the factor. After warm-up
-        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (The norm that is
-        clipped is √E times smaller.)"""
+        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (In the norm that
+        is clipped, the experts' part is √E times smaller.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -455,9 +456,9 @@ class Lory(nn.Module):
         if len(idx) != 1:
             raise UserError(f'specialize reads one prompt, (1, L), and was given {tuple(idx.shape)}.')
         state, caches = self.state_dict(), self.prefill(idx)[2]
-        for i, cache in enumerate(caches):
+        for layer, cache in enumerate(caches):
             merged = zip(('gate', 'up', 'down'), cache.merged or ())  # a dense layer has none
-            state |= {f'blocks.{i}.ffn.{name}': weight for name, weight in merged}  # (1, in, out) each
+            state |= {f'blocks.{layer}.ffn.{name}': weight for name, weight in merged}  # (1, in, out) each
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
         return dense
@@ -477,7 +478,11 @@ class Lory(nn.Module):
         router stays as it is. UserError if they do not fit, or come from another class of FFN."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
-        for name, p in self.state_dict().items():
+        own = self.state_dict()
+        for name in state:
+            if name not in own and '.router.' not in name:
+                raise UserError(f'{name} has no place in this model: give it the n_layer of these weights.')
+        for name, p in own.items():
             if '.router.' in name and name not in state:
                 continue  # a dense model has none
             try:
@@ -558,7 +563,7 @@ def run_script(main):
         sentence = f'{error}: check the path, the rights and the free space.'
     except (RuntimeError, MemoryError) as error:
         if re.search('allocate|out of memory|MemoryError', repr(error)):
-            sentence = 'out of memory: make the model smaller, or raise gradient_accumulation_steps.'
+            sentence = 'out of memory: use less text, a smaller model or more gradient_accumulation_steps.'
         elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
             sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
@@ -588,7 +593,9 @@ def atomic_open(path, mode='wb', **kw):
             os.fsync(f.fileno())
         os.replace(f'{path}.tmp', path)
     except RuntimeError as error:
-        raise error.__context__ or error  # torch.save hides the OSError of a full disk
+        if isinstance(error.__context__, OSError):  # that of a full disk, which torch.save hides
+            raise error.__context__ from None
+        raise
     finally:
         with suppress(FileNotFoundError):  # it is there only if something failed
             os.remove(f'{path}.tmp')
@@ -613,13 +620,15 @@ def read_checkpoint(path):
     torchrun each rank maps the file instead of reading all of it, and one on each machine verifies it."""
     rank = os.environ.get('LOCAL_RANK')
     try:
-        # torch.load does not look at the checksums. testzip does, and returns the name of a damaged part.
-        if rank not in (None, '0') or not zipfile.ZipFile(path).testzip():
+        with zipfile.ZipFile(path) as archive:
+            # testzip looks at the checksums, which torch.load does not, and returns what is damaged.
+            damaged = archive.testzip() if rank in (None, '0') else None
+        if not damaged:
             ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
             if ckpt['format'] == FORMAT:
                 return ckpt
     except Exception as error:  # zipfile and torch raise many kinds
-        if 'allocate' in str(error):
+        if isinstance(error, MemoryError) or 'allocate' in str(error):
             raise  # out of memory, see run_script
     raise UserError(f'cannot read {path}: it is missing, damaged or no checkpoint of format {FORMAT}; choose '
                     'another, or run train.py.')

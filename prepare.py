@@ -131,7 +131,7 @@ def find_files(path, seen):
     if place in seen:
         return []
     seen.add(place)
-    if not children or path / 'train_docs.npz' in children or path / 'ckpt.pt' in children:
+    if not children or {path / 'train_docs.npz', path / 'ckpt.pt'} & set(children):
         return [path]
     return [file for child in children for file in find_files(child, seen)]
 
@@ -173,7 +173,8 @@ def read_inputs(paths):
         else:
             docs.append(Document(text, domain, source))
     if skipped:
-        tell(f'skipped {len(skipped):,} inputs, no UTF-8 text or of these scripts: {", ".join(skipped[:5])}')
+        tell(f'skipped {len(skipped):,} inputs that are no UTF-8 text, or a dataset or run of these scripts: '
+             + ', '.join(skipped[:5]))
     # Legends hide a name that begins with _ and read $ as mathematics, and a log has one line for a name. So
     # odd characters become numbers, and two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -222,9 +223,9 @@ def ngrams(text, shortest):
 
 
 def drop_twins(docs, shortest, held=()):
-    """Of twins the first stays, but none that is a twin of a held-out one. Texts are twins if the Jaccard
-    similarity of their 9-grams is 0.8 or more, and below `shortest` characters if they are equal but for
-    white space. -> Documents that stay, [(dropped, twin), ...]
+    """Drop each document that is a twin of a held-out one, or of an earlier one that stays. Texts are twins
+    if the Jaccard similarity of their 9-grams is 0.8 or more, and below `shortest` characters if they are
+    equal but for white space. -> Documents that stay, [(dropped, twin), ...]
 
     MinHash proposes pairs. At each of 64 fixed numbers a text takes its smallest hash from there on, and two
     texts take the same with a probability equal to their similarity. Four such hashes make a band. Texts of
@@ -274,7 +275,7 @@ def nearest(X, n_neighbors):
     for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
         cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
         cosine[range(len(block)), block] = 0  # a document is no neighbour of itself
-        # Sorts by falling cosine, then by number (its remainder by n_docs); negative unless the cosine is 0.
+        # Sorts by falling cosine, then by number, which is key % n_docs; negative unless the cosine is 0.
         key = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
         best = np.sort(np.partition(key, min(n_neighbors, n_docs) - 1)[:, :n_neighbors])
         lists += [[k % n_docs for k in row if k < 0] for row in best.tolist()]
@@ -316,7 +317,7 @@ def in_parts(text):
 
 def count_words(texts, room):
     """word -> how often it occurs, in texts in random order, until different long words fill `room` bytes.
-    Text without blanks fills it soon, as a clause is a word there, long and new; 50 MB of English as much."""
+    The limit is for text without blanks, where a clause is one long new word. English needs 50 MB for it."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
         found = Counter(word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100)  # else data
@@ -370,10 +371,13 @@ def make_tokenizer(name, vocab_size=0, texts=()):
         tokens = train_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)  # byte is BPE without a merge
         pattern, special = PATTERN, {EOT: len(tokens)}
     elif os.path.isfile(name):
-        is_json = name.endswith('.json')
-        tokenizer = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
-        load_tokenizer(tokenizer)  # refuses what is none
-        return tokenizer
+        try:
+            is_json = name.endswith('.json')
+            tokenizer = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
+            load_tokenizer(tokenizer).encode_single_token(EOT)
+            return tokenizer
+        except (ValueError, KeyError):  # UserErrors among them
+            raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     else:
         try:
             encoding = tiktoken.get_encoding(name)  # downloads, unless it has before
@@ -409,7 +413,7 @@ def encode(encoding, text):
     return [token for part in in_parts(text) for token in encoding.encode_ordinary(part)]
 
 
-# --- The dataset on disk. Whoever reads it checks every file, so a damaged one is never used. ---
+# --- The dataset on disk. Whoever reads it checks every file that meta.json names. ---
 
 def save_dataset(path, splits, tokenizer, meta):
     """Write `splits` {'train': Documents, 'val': Documents} to the folder `path`. -> meta, completed
@@ -427,7 +431,7 @@ def save_dataset(path, splits, tokenizer, meta):
         meta[split] = {'tokens': int(start[-1]), 'documents': len(docs), 'bytes': count_bytes(docs)}
     meta['sha256'] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files['meta.json'] = json.dumps(meta, indent=1).encode()
-    with ExitStack() as stack:  # at its end the files take their places, meta.json last
+    with ExitStack() as stack:  # at its end the files take their places, in reverse: meta.json last
         for name, data in sorted(files.items()):
             file = stack.enter_context(atomic_open(path / name))
             file.write(data)
@@ -447,7 +451,7 @@ def load_dataset(path, block_size):
             with open(Path(path, name), 'rb') as f:
                 if verify and hashlib.file_digest(f, 'sha256').hexdigest() != sha256:
                     raise ValueError(f'meta.json has another checksum of {name}')
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'no dataset: {path} is missing or damaged ({error}); make it with prepare.py and '
                         f'--dataset={Path(path).name}, in the folder that holds data/.') from None
     splits = []
@@ -479,6 +483,8 @@ def main(argv=None):
     args.dataset = args.dataset or (first.stem if first.is_file() else first.name)
     if args.dataset != os.path.basename(os.path.abspath(args.dataset)):
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
+    if os.path.exists(f'data/{args.dataset}'):
+        tell(f'what is in data/{args.dataset}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 

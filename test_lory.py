@@ -333,6 +333,7 @@ def test_configs_and_prompts_that_cannot_be_are_refused():
     refused('one prompt', model.specialize, torch.full((2, 5), 0))
     state = {name: p for name, p in model.state_dict().items() if name != 'norm.weight'}
     refused('norm.weight is missing', model.fill, state)
+    refused('blocks.2.* has no place', model.fill, Lory(tiny_config(n_layer=3)).state_dict())
     assert model.generate(torch.full((2, 5), 0), 0).shape == (2, 0), 'no new tokens are none'
 
 
@@ -655,7 +656,8 @@ def test_tokenizers_made_elsewhere(data_copy, monkeypatch):
     own = json.loads(file.read_text())
     save_checkpoint(data_copy / 'ckpt.pt', Lory(tiny_config()), own)
     save_checkpoint(data_copy / 'bare.pt', Lory(tiny_config()), None)
-    write_files(data_copy, {'a.txt': text, 'hf.json': '{"model": {"vocab": {}}}', 'byte': 'a file'})
+    write_files(data_copy, {'a.txt': text, 'hf.json': '{"model": {"vocab": {}}}', 'byte': 'a file',
+                            'list.json': '[]', 'bad.json': 'x'})
     prepared = partial(run, prepare, data_copy, '--input', 'a.txt')
     for name, tokenizer in ((file, own), ('ckpt.pt', own), ('byte', byte), ('gpt2', gpt2)):
         prepared(f'--tokenizer={name}')
@@ -663,8 +665,8 @@ def test_tokenizers_made_elsewhere(data_copy, monkeypatch):
         stored = data_read(data_copy, 'train', 'a') + data_read(data_copy, 'val', 'a')
         assert ''.join(piece for piece, _ in stored) == text
     assert prepare.load_dataset(data_copy / 'data/a', 8).val.tokens.dtype == np.uint32
-    for name, word in ('bare.pt', 'no tokenizer'), ('hf.json', 'no tokenizer'), ('a.txt', 'no checkpoint'):
-        refused(word, prepared, f'--tokenizer={name}')
+    for name in ('bare.pt', 'hf.json', 'list.json', 'bad.json', 'a.txt'):
+        refused('no tokenizer', prepared, f'--tokenizer={name}')
     refused('no tokenizer', run, sample, data_copy, '--checkpoint=bare.pt')
     refused('--tokenizer=bpe', prepared, '--tokenizer=gpt2')  # the third download fails
 
@@ -879,7 +881,7 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
         assert vars(again.config) == vars(model.config) | dict(n_experts=n_experts)
         assert onward['tied_until'] == tied_until
         assert max(onward['losses']) < ckpt['losses'][0] - 0.3, 'it starts from scratch'
-    refused('trained on', run, train, run_home, '--init_from=resume', '--out_dir=bare', '--dataset=own')
+    refused('without a run', run, train, run_home, '--init_from=resume', '--out_dir=bare')
 
 
 def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data_copy):

@@ -92,14 +92,14 @@ def main(argv=None, build=Lory):
     args, config, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     device, dtype = pick_device(args)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1:
-        # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
-        gpu = torch.device(device) if 'cuda' in device else None
-        dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     pieces = args.gradient_accumulation_steps
     micro, left_over = divmod(args.batch_size, world * pieces)  # micro: sequences in a forward pass
     if left_over:
         raise UserError(f'batch_size must be a multiple of {world} ranks x {pieces} accumulation steps.')
+    if world > 1:
+        # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
+        gpu = torch.device(device) if 'cuda' in device else None
+        dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
     say = tell if rank == 0 else lambda text: None
@@ -110,7 +110,7 @@ def main(argv=None, build=Lory):
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
-    if args.init_from == 'resume' and saved.get('data') != data.meta['sha256']:
+    if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
         raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
@@ -128,28 +128,31 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # a run is these, model, optimizer, scaler and tied_until
+    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_optimizer(model, optimizer, saved['optimizer'])
-        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} if the run was not in float16
-        # New flags may change the schedule.
-        planned, lr = (learning_rate(step, a) for a in (Namespace(**vars(args) | saved['args']), args))
-        say(f'resumed   at step {step:,} with lr {lr:.2e}; by the flags until now {planned:.2e}')
+        if saved['scaler']:  # {} if the run was not in float16
+            scaler.load_state_dict(saved['scaler'])
+        before = Namespace(**vars(args) | saved['args'])  # new flags may change the schedule
+        say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}; by the flags until now '
+            f'{learning_rate(step, before):.2e}')
     saved = None  # free its memory
     epochs = args.max_iters * args.batch_size * args.block_size / len(data.train.tokens)
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
         f'{config.segment_len}: {model.num_params():,} parameters, {model.num_params(active=True):,} active')
     say(f'training  {args.max_iters:,} steps of {args.batch_size} x {args.block_size} tokens, {epochs:,.1f} '
         f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}')
-    say(f'warm-up   experts are tied until step {tied_until:,}')
+    if tied_until:
+        say(f'warm-up   experts are tied until step {tied_until:,}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
     signals, stop = catch_signals(), False
-    times, last = [], time.perf_counter()  # seconds from update to update, and when the last one ended
+    clock = []  # when each update began and ended, seconds
 
     while step < args.max_iters and not stop:
         # --- one update ---
+        began = time.perf_counter()
         lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -177,18 +180,18 @@ def main(argv=None, build=Lory):
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
         check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips a bad gradient
         losses.append(loss)
-        times.append(time.perf_counter() - last)
-        last += times[-1]
+        clock.append((began, time.perf_counter()))
 
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
             bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']  # bits per byte
-            seconds = statistics.median(times[-args.log_interval:])
-            tok_s = args.batch_size * args.block_size / seconds
+            seconds = statistics.median(ended - began for began, ended in clock[-args.log_interval:])
+            tok_s = args.batch_size * args.block_size / max(seconds, 1e-9)
             rows.append(dict(step=step, loss=mean, bpb=bpb, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
-            # The mean counts validations, too. The first step is slower than the rest, with --compile by far.
-            left = timedelta(seconds=round((args.max_iters - step) * statistics.fmean(times[1:] or times)))
+            # From end to end, so that validations count, but not the first update, which may compile.
+            mean_s = (clock[-1][1] - clock[0][1]) / max(1, len(clock) - 1)
+            left = timedelta(seconds=round((args.max_iters - step) * mean_s))
             say(f'step {step:6d} | loss {mean:.4f}, {bpb:.3f} bpb | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}'
                 f'{left} left')
@@ -216,6 +219,7 @@ def main(argv=None, build=Lory):
                     save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # for whoever called main
     if dist.is_initialized():
         wrapped = optimizer = None  # DDP may abort the process at exit if it outlives the process group
         gc.collect()
@@ -239,7 +243,10 @@ def read_settings(argv):
     latest = f'{args.out_dir}/ckpt.pt'
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
-        known = saved.get('args', {}) | saved['config']
+        if 'tied_until' not in saved:
+            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest} and '
+                            'another --out_dir.')
+        known = saved['args'] | saved['config']
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
@@ -252,7 +259,8 @@ def read_settings(argv):
     settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
     for name in sorted(fixed & known.keys()):  # an older run may lack a flag
         if settings[name] != known[name]:
-            raise UserError(f'{name}={known[name]!r} of the checkpoint cannot change: leave out --{name}.')
+            raise UserError(f'{name}={known[name]!r} of the checkpoint cannot change: leave out --{name}, or '
+                            'the --preset that sets it.')
     return args, config, saved
 
 
@@ -316,7 +324,7 @@ def to_xy(windows, device):
 
 
 def catch_signals():
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second one is KeyboardInterrupt."""
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. The same again: KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
@@ -441,7 +449,7 @@ def plot(out_dir, rows, domains, routing):
     fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
     n_layer, E = routing.shape[1:]
-    if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing
+    if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing, see `evaluate`
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
         axes = fig.subplots(1, n_layer, squeeze=False, sharey=True)[0]
         for layer, ax in enumerate(axes):
@@ -472,7 +480,7 @@ def wrap(model, args, device, world):
         raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
                         'divide, and FFNs without buffers: change these, or say --shard=False.')
     mesh = dist.init_device_mesh(device.split(':')[0], (world,))
-    for part in (*model.blocks, model):  # never along E, so that tie_gradients needs no communication
+    for part in (*model.blocks, model):  # no stacked experts along E, so tie_gradients works on each rank
         fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
     model.to_empty(device=device)
     with implicit_replication():  # each rank keeps its share of what is drawn
