@@ -592,10 +592,12 @@ def atomic_open(path, mode='wb', **kw):
             f.flush()
             os.fsync(f.fileno())
         os.replace(f'{path}.tmp', path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # that of a full disk, which torch.save hides
-            raise error.__context__ from None
-        raise
+    except (OSError, RuntimeError) as error:
+        # torch.save turns the OSError of a full disk into a RuntimeError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f'{cause.strerror}, so what was there is unchanged', str(path)) from None
     finally:
         with suppress(FileNotFoundError):  # it is there only if something failed
             os.remove(f'{path}.tmp')

@@ -107,7 +107,7 @@ def read_builtin(mb_per_domain):
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         texts = {}
-        with suppress(OSError, ValueError, SyntaxError):  # missing, not UTF-8, or of another Python
+        with suppress(OSError, ValueError, SyntaxError, RecursionError):  # missing, not UTF-8, not for ast
             source = file.locate().read_text(encoding='utf-8')
             if file.suffix != '.py':
                 texts = {'cpp': source}
@@ -142,7 +142,7 @@ def read_jsonl(text, source, domain):
         try:
             record = json.loads(line.strip() or '{"text": ""}')
             record['text'].encode()  # fails for anything but text, half a surrogate pair too
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f'{source}, line {i}: expected a JSON object with a string "text".') from None
         label = record.get('domain')
         yield Document(record['text'], domain if label in (None, '') else str(label), f'{source}:{i}')
@@ -376,7 +376,7 @@ def make_tokenizer(name, vocab_size=0, texts=()):
             tokenizer = json.loads(Path(name).read_bytes()) if is_json else read_checkpoint(name)['tokenizer']
             load_tokenizer(tokenizer).encode_single_token(EOT)
             return tokenizer
-        except (ValueError, KeyError):  # UserErrors among them
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UserError(f'{name} holds no tokenizer; give a checkpoint or a tokenizer.json.') from None
     else:
         try:

@@ -19,6 +19,7 @@ import signal
 import statistics
 import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -135,6 +136,8 @@ def main(argv=None, build=Lory):
         if saved['scaler']:  # {} if the run was not in float16
             scaler.load_state_dict(saved['scaler'])
         before = Namespace(**vars(args) | saved['args'])  # new flags may change the schedule
+        if step > args.max_iters:
+            raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
         say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}; by the flags until now '
             f'{learning_rate(step, before):.2e}')
     saved = None  # free its memory
@@ -329,8 +332,9 @@ def catch_signals():
 
     def note(which, frame):
         signals.append(which)
-        os.write(2, b'\nstopping after this step, to save; once more stops without\n')  # print is unsafe here
         signal.signal(which, signal.default_int_handler)
+        with suppress(OSError):  # nobody may be reading. And print is unsafe here
+            os.write(2, b'\nstopping after this step, to save; once more stops without\n')
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
     return signals
@@ -442,22 +446,29 @@ def plot(out_dir, rows, domains, routing):
     ax = fig.subplots()
     for column, label in zip(columns, ['training', 'mean of domains', *labels]):
         points = [(row['step'], row[column]) for row in rows if column in row]
-        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', lw=1, label=label)
+        color = {'bpb': '0.7', 'val_bpb': 'k'}.get(column)
+        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', color=color, label=label)
     first = next(row for row in rows if 'val_bpb' in row)  # training begins far above
     ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.1 * max(first[c] for c in columns[1:])))
     ax.legend(fontsize=8)
-    fig.savefig(f'{out_dir}/loss.png', dpi=110)
+    save_picture(fig, f'{out_dir}/loss.png')
 
     n_layer, E = routing.shape[1:]
     if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing, see `evaluate`
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
         axes = fig.subplots(1, n_layer, squeeze=False, sharey=True)[0]
         for layer, ax in enumerate(axes):
-            image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto')
-            ax.set(title=f'layer {layer + 1}', xlabel='expert', xticks=range(E), xticklabels=range(1, E + 1))
+            image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
+                              extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
+            ax.set(title=f'layer {layer + 1}', xlabel='expert')
             ax.set_yticks(range(len(domains)), labels)
         fig.colorbar(image, ax=axes, label='mean routing weight')
-        fig.savefig(f'{out_dir}/experts.png', dpi=110)
+        save_picture(fig, f'{out_dir}/experts.png')
+
+
+def save_picture(fig, path):
+    with atomic_open(path) as f:
+        fig.savefig(f, format='png', dpi=110)
 
 
 # --- Model and optimiser, alone or among many ranks. ---
