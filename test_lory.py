@@ -775,7 +775,10 @@ def test_validation_against_one_token_at_a_time(run_home):
     data = prepare.load_dataset(run_home / 'data/own', 64)
     model, _ = load_checkpoint(run_home / 'whole/ckpt.pt')
     tokenizer = prepare.load_tokenizer(data.tokenizer)
-    windows = train.validation_windows(data.val, ['cpp', 'prose'], 64, limit=20)
+    windows = train.validation_windows(data.val, ['cpp', 'prose'], 64)
+    for name, chosen in windows.items():  # windows with the end of a document first
+        windows[name] = sorted(chosen, key=lambda w: tokenizer.eot_token not in w[1:])[:20]
+        assert tokenizer.eot_token in windows[name][0][1:]
     size = torch.tensor(prepare.token_bytes(data.tokenizer))
     figures, routing = train.evaluate(model.eval(), windows, size, 3, nullcontext())
     assert model.training
