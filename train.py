@@ -135,9 +135,9 @@ def main(argv=None, build=Lory):
         load_optimizer(model, optimizer, saved['optimizer'])
         if saved['scaler']:  # {} if the run was not in float16
             scaler.load_state_dict(saved['scaler'])
-        before = Namespace(**vars(args) | saved['args'])  # new flags may change the schedule
         if step > args.max_iters:
             raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
+        before = Namespace(**vars(args) | saved['args'])  # new flags may change the schedule
         say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}; by the flags until now '
             f'{learning_rate(step, before):.2e}')
     saved = None  # free its memory
