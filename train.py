@@ -415,7 +415,9 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
 
 def validation_line(figures, domains):
     """What `evaluate` found, as the screen shows it."""
-    line = f'validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} after segment 1'
+    line = f'validation {figures["val_bpb"]:.4f} bits per byte'
+    if figures['later_bpb'] != figures['val_bpb']:  # equal if no window has a second segment
+        line += f', {figures["later_bpb"]:.4f} after segment 1'
     if 'experts' in figures:
         line += f' | experts in use {100 * figures["experts"]:.0f}%'
     return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains)
