@@ -3,15 +3,15 @@ Lory: a fully differentiable mixture-of-experts language model (Zhong et al., CO
 
 A transformer block has one feed-forward network (FFN). A mixture of experts has E of them and a *router*, a
 small linear map that says how much each expert counts. Most mixtures send a token to its best experts. That
-choice has no gradient, and without a balancing loss some experts tend to get no tokens. Lory makes no
-choice. It averages the *weights* of all experts and runs the one averaged FFN:
+choice has no gradient, and without a balancing loss some experts get no tokens. Lory makes no choice. It
+averages the *weights* of all experts and runs the one averaged FFN:
 
     merged FFN = e_1 θ_1 + ... + e_E θ_E,   e = softmax(router(h))    (Sec. 2.2; SMEAR, arXiv:2306.03745)
 
-Everything is differentiable, and no balancing loss is needed. Merging once per token would cost as much as
-running E FFNs, so Lory merges once per *segment* of T tokens. It stays autoregressive by *causal segment
-routing*: the mean hidden state of segment k-1 routes segment k (Sec. 3.1, Eq. 3). During *dense warm-up*
-(Sec. 4.1) all experts are kept equal, which makes the model a dense one. Then they are let go.
+Merging once per token would cost as much as running E FFNs, so Lory merges once per *segment* of T tokens.
+It stays autoregressive by *causal segment routing*: the mean hidden state of segment k-1 routes segment k
+(Sec. 3.1, Eq. 3). During *dense warm-up* (Sec. 4.1) all experts are kept equal, which makes the model a dense
+one. Then they are let go.
 
            segment 1            segment 2            segment 3
         x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T   hidden states entering the FFN  (B, N, T, D)
@@ -34,15 +34,14 @@ One letter, one meaning, in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
-    h  mean of a segment (..., D)  e  routing weights (B, N, E)              k   a segment: e(k)_i, a number
+    h  mean of a segment (..., D)  e  routing weights (B, N, E)              k   number of a segment: e(k)_i
     S  merged FFNs, B * N          W  merged weights (S, in, out)            in, out  D and H, or H and D
 
-Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one a sequence, S = B.
-(In `Attention` k are keys.)
+Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
+(In `Attention` k are keys. With E = 1 nothing is routed: N is 1.)
 
-Ours, not the paper's: the learned prior, stored as the router's bias, for segment 1 and for prompts of one
-token; dense warm-up by tying gradients; tied embeddings by default (all in the README). `naive_lory` in
-test_lory.py is this layer as a plain loop, and a good first read.
+Ours, not the paper's: the learned prior; dense warm-up by tying gradients; tied embeddings (see the README).
+`naive_lory` in test_lory.py is this layer as a plain loop, and a good first read.
 """
 import argparse
 import math
@@ -53,10 +52,12 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
@@ -124,7 +125,7 @@ class LoryFFN(nn.Module):
         E, D, H = config.n_experts, config.n_embd, config.ffn_hidden
         self.segment_len = config.segment_len
         self.routing, self.first_segment = config.routing, config.first_segment
-        # These numbers are for a layer used alone. In a Lory, `init_weights` overwrites them.
+        # This initialisation serves a layer used alone. `Lory.init_weights` overwrites it.
         self.gate = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.up = nn.Parameter(0.02 * torch.randn(E, D, H))
         self.down = nn.Parameter(0.02 * torch.randn(E, H, D))
@@ -157,9 +158,9 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); with a cache (B, 1, E)"""
-        if self.router is None:
-            return self.forward_dense(x, cache)
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, E) of a prompt"""
+        if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
+            return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
             return self.forward_cached(x, cache)
         B, L, D = x.shape
@@ -172,74 +173,47 @@ class LoryFFN(nn.Module):
         e = self.route(x)  # (B, N, E)
         x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
         # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
-        # pass. To try out another FFN, write that line: the rest is the same.
+        # pass. To try out another FFN, replace this call by that formula.
         y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
     def route_prompt(self, x):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
-        that follows. It may route itself, because none of its tokens is predicted. -> (B, 1, E)"""
+        that follows. It may route itself: its tokens are given, not predicted. -> (B, 1, E)"""
         if x.shape[1] == 1 and self.first_segment == 'prior':
             # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
             return self.router.bias.softmax(-1).expand(len(x), 1, -1)
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
-        """Generation: the prompt (B, L, D), then a token (B, 1, D) a call, all with the FFN that the prompt
-        made. See Cache. -> output (B, L, D), the prompt's routing weights (B, 1, E)"""
+        """Generation: the prompt (B, L, D), then one token (B, 1, D) per call, all with the prompt's FFN.
+        -> output (B, L, D), the prompt's routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merge_experts(cache.e[:, 0])
         return swiglu(x, *cache.merged), cache.e
 
-    def forward_dense(self, x, cache):
-        """E = 1: one FFN for all of x (B, L, D). -> output, routing weights of 1, shaped as in `forward`"""
-        N = math.ceil(x.shape[1] / self.segment_len) if cache is None else 1
-        return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), N, 1)
-
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
 
-class MergedLinear(torch.autograd.Function):
-    """y = x W with W = merge(e, θ), where W is recomputed in the backward pass.
+def merged_linear(x, e, theta):
+    """x W with W = merge(e, θ). x (S, T, in), e (S, E), θ (E, in, out) -> (S, T, out)
 
-    Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16.
-    Recomputing W is a second merge, E/T of the multiply-adds of x W (App. B). The chain rule of y = x W and
-    W = Σ_i e_i θ_i says:
+    Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
+    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). By the
+    chain rule of y = x W and W = Σ_i e_i θ_i, autograd then computes:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
-    @staticmethod
-    def forward(ctx, x, e, theta):  # (S, T, in), (S, E), (E, in, out)
-        ctx.save_for_backward(x, e, theta)
-        return x @ merge(e, theta.to(x.dtype))  # (S, T, out)
-
-    @staticmethod
-    def backward(ctx, dy):  # (S, T, out)
-        x, e, theta = ctx.saved_tensors
-        # Wᵀ, merged from transposed experts. Were this merge(e, θ).mT, torch.compile would know W from the
-        # forward pass, and keep it in memory until here.
-        dx = dy @ merge(e, theta.mT.to(x.dtype))  # (S, T, in); its merge is (S, out, in)
-        dW = (x.mT @ dy).flatten(1)  # (S, in * out)
-        dtheta = (e.to(x.dtype).mT @ dW).view_as(theta)  # (E, in, out); autograd casts it to θ's dtype
-        # The router learns from how de differs between experts. Just after dense warm-up experts are nearly
-        # equal, and bfloat16 (or TF32) would round the difference away. So the product is taken with the
-        # first expert and with how the others differ from it. The two are added in the dtype of e.
-        parts = theta - theta[:1]  # (E, in, out)
-        parts[0] = theta[0]
-        de = (dW @ parts.to(x.dtype).flatten(1).mT).to(e.dtype)  # (S, E)
-        de[:, 1:] += de[:, :1]
-        return dx, de, dtheta
+    def product(x, e, theta):
+        return x @ merge(e, theta)
+    return checkpoint(product, x, e, theta, use_reentrant=False, preserve_rng_state=False)
 
 
 def lean_swiglu(x, e, gate, up, down):
-    """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)
-
-    MergedLinear computes in the dtype of x, so x takes autocast's dtype here."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    inner = F.silu(MergedLinear.apply(x, e, gate)) * MergedLinear.apply(x, e, up)  # (S, T, H)
-    return MergedLinear.apply(inner, e, down)  # (S, T, D)
+    """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)"""
+    inner = F.silu(merged_linear(x, e, gate)) * merged_linear(x, e, up)  # (S, T, H)
+    return merged_linear(inner, e, down)  # (S, T, D)
 
 
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
@@ -264,7 +238,7 @@ class Cache:
     """What one layer keeps of the B equally long sequences that it is generating."""
 
     def __init__(self, slots):
-        self.slots = slots  # tokens that attention looks back on
+        self.slots = slots  # the most tokens that attention can see
         self.pos = 0  # tokens read
         self.k = self.v = None  # (B, nh, tokens kept, hs)
         self.e = None  # (B, 1, E), the prompt's routing weights
@@ -288,7 +262,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):  # (B, L, D) -> (B, L, D)
         B, L, D = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hs)
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, -1)  # (B, L, 3, nh, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, L, hs) each
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.remember(k, v)  # (B, nh, tokens kept, hs) both
@@ -317,13 +292,10 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. In general MyFFN is any module
-    that is built from a config, is called with (x, cache) and returns (output, routing weights). Then:
-
-    - a parameter of three dimensions is taken for stacked experts (E, in, out);
-    - what is in a submodule `router` gets no gradient in dense warm-up, and does not count as active;
-    - `init_weights` draws every parameter, one called `down` smaller;
-    - an `aux_loss` that the layer sets is added to the loss in training.
+    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. MyFFN may be any module that is
+    built from a config, called with (x, cache) and returns (output, routing weights). Its parameters of three
+    dimensions are taken for stacked experts (E, in, out), and what is in a submodule `router` gets no
+    gradient in dense warm-up. An `aux_loss` that it sets is added to the loss in training.
     """
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -341,13 +313,13 @@ class Lory(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed):
         """As GPT-2: normal with std 0.02, less for the matrices that write into the residual stream. Each
-        parameter has a random generator of its own, seeded by (seed, name), and all experts get the same
-        numbers. So models of 1 and of 8 experts begin as the same function.
+        parameter is drawn from (seed, name) alone, and all experts get the same numbers. So models of 1 and
+        of 8 experts begin as the same function.
 
-        The router must not begin at zero, or experts and router would wait for each other for ever. Equal
-        experts give the router no gradient: all de_i are equal, and the softmax ignores what they share. A
-        router of zero gives equal experts equal gradients: all e(k)_i are equal. With a random router the
-        e(k)_i differ, and so do the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
+        The router must not begin at zero, or experts and router would wait for each other for ever. A router
+        of zero gives experts equal gradients, so they stay equal. Equal experts give the router no gradient:
+        all de_i are equal, and the softmax ignores what they share. With a random router the e(k)_i differ,
+        and so do the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -355,54 +327,53 @@ class Lory(nn.Module):
             residual = name.endswith(('attn.proj.weight', 'ffn.down'))
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
             generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {name}'.encode()))
-            drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)
-            p.copy_(drawn.to(p.device))  # every expert gets the same (in, out)
+            drawn = torch.empty(p.shape[-2:]).normal_(std=std, generator=generator)  # one expert's
+            p.copy_(drawn.to(p.device))
 
     def trunk(self, idx, caches=None):
         """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
         (B, N, E); with caches (B, 1, E), those of the prompt"""
         x = self.embed(idx)  # (B, L, D)
-        weights, L = [], idx.shape[1]
+        routing, L = [], idx.shape[1]
         start = caches[0].pos if caches else 0
         pos = torch.arange(start, start + L, device=idx.device)  # (L,)
         rope = rotation(pos, self.config.n_embd // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x, e = block(x, rope, cache)
-            weights.append(e)
-        return self.norm(x), weights
+            routing.append(e)
+        return self.norm(x), routing
 
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
         -> logits (B, L, V)
         -> mean loss in nats per token, or None without targets; in training it includes any aux_loss
         -> only if return_routing: routing weights (B, n_layer, N, E), detached"""
-        x, e = self.trunk(idx)
+        x, routing = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
             flat = logits.flatten(0, 1)  # (B * L, V)
             loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # targets (B * L,)
             if self.training:
                 loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
-        return (logits, loss, torch.stack(e, 1).detach()) if return_routing else (logits, loss)
+        return (logits, loss, torch.stack(routing, 1).detach()) if return_routing else (logits, loss)
 
     # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
     # Here the experts exist from the start. Equal experts with equal gradients stay equal, and merge to one
     # FFN however they are routed: the model is dense. A training loop calls the next two methods in each
-    # step of warm-up. When the calls stop, experts part: the paper's upcycling. (At our size a run without
-    # warm-up, whose experts begin equal all the same, ends no worse.)
+    # step of warm-up. When the calls stop, experts part: the paper's upcycling.
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
         gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
 
         The mean is 1/E of what a dense FFN would get, and Adam's step ignores the factor. After warm-up
-        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (In the norm that
-        is clipped, the experts' part is √E times smaller.)"""
+        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (The norm that is
+        clipped counts the experts √E times too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # it should be 0, but Adam would scale its rounding up to a full step
+                p.grad.zero_()  # it is rounding alone, which Adam would scale up to a full step
 
     @torch.no_grad()
     def tie_experts(self):
@@ -418,32 +389,28 @@ class Lory(nn.Module):
     def prefill(self, idx):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
-        if idx.dim() != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f'the prompt has the shape {tuple(idx.shape)}, and not (B, L) with 1 to '
-                            f'block_size={self.config.block_size} tokens: shorten a longer one.')
-        if not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
-            raise UserError(f'the prompt has tokens outside 0 to {self.config.vocab_size - 1}: use the '
-                            "model's own tokenizer.")
+        if not 1 <= idx.shape[1] <= self.config.block_size:
+            raise UserError(f'the prompt has {idx.shape[1]} tokens: give 1 to block_size='
+                            f'{self.config.block_size}.')
         caches = [Cache(self.config.block_size) for _ in self.blocks]
-        x, e = self.trunk(idx, caches)
-        return self.head(x[:, -1]), torch.stack(e, 1), caches
+        x, routing = self.trunk(idx, caches)
+        return self.head(x[:, -1]), torch.stack(routing, 1), caches
 
     @torch.no_grad()
     def decode(self, token, caches):
         """Read one more token (B,) of each sequence. -> logits of the next token (B, V)"""
-        return self.head(self.trunk(token[:, None], caches)[0][:, -1])
+        x, _ = self.trunk(token[:, None], caches)  # (B, 1, D)
+        return self.head(x[:, -1])
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continue prompts (B, L) of equal length; yields the next tokens (B,), max_new_tokens times.
-        temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Beyond block_size a token attends to
-        the block_size last ones. Prompts of different lengths need a call each: padding would be averaged
-        into the mean that routes."""
+        temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Prompts of different lengths need a
+        call each: padding would be averaged into the mean that routes."""
         logits, _, caches = self.prefill(idx)
-        for i in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
             yield token
-            if i + 1 < max_new_tokens:
-                logits = self.decode(token, caches)
+            logits = self.decode(token, caches)
 
     def generate(self, idx, max_new_tokens, **how):
         """All tokens of `stream` at once. (B, L) -> (B, max_new_tokens)"""
@@ -451,14 +418,11 @@ class Lory(nn.Module):
         return torch.cat([idx[:, :0], *new], 1)
 
     def specialize(self, idx):
-        """The dense Lory (n_experts=1) that this model is after reading the prompt (1, L). Its FFNs must have
-        LoryFFN's forward."""
-        if len(idx) != 1:
-            raise UserError(f'specialize reads one prompt, (1, L), and was given {tuple(idx.shape)}.')
-        state, caches = self.state_dict(), self.prefill(idx)[2]
-        for layer, cache in enumerate(caches):
-            merged = zip(('gate', 'up', 'down'), cache.merged or ())  # a dense layer has none
-            state |= {f'blocks.{layer}.ffn.{name}': weight for name, weight in merged}  # (1, in, out) each
+        """The dense model (n_experts=1) that this one is after reading the prompt (1, L)."""
+        state = self.state_dict()
+        for layer, cache in enumerate(self.prefill(idx)[2]):
+            for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
+                state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
         return dense
@@ -472,24 +436,21 @@ class Lory(nn.Module):
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
-    @torch.no_grad()
-    def fill(self, state, ffn_name=None):
+    def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
         """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
         router stays as it is. UserError if they do not fit, or come from another class of FFN."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
-        own = self.state_dict()
-        for name in state:
-            if name not in own and '.router.' not in name:
-                raise UserError(f'{name} has no place in this model: give it the n_layer of these weights.')
-        for name, p in own.items():
-            if '.router.' in name and name not in state:
-                continue  # a dense model has none
+        own, whole = self.state_dict(), {}
+        for name in own | state:
+            if '.router.' in name and not (name in own and name in state):
+                continue  # one of the two is dense and has no router
             try:
-                p.copy_(state[name].to(p.device))  # (1, in, out) fills (E, in, out)
+                whole[name] = state[name].expand(own[name].shape)  # (1, in, out) fills (E, in, out)
             except (KeyError, RuntimeError) as error:
-                raise UserError(f'{name} is missing or does not fit the shape {tuple(p.shape)}: give the '
-                                'model the n_experts and sizes of these weights.') from error
+                raise UserError(f'{name} is missing or does not fit: give the model the n_layer, n_experts '
+                                'and sizes of these weights.') from error
+        load(self, whole)
 
     def num_params(self, active=False):
         """Parameters, or only the active ones: one expert of each layer, and no router."""
@@ -500,7 +461,7 @@ class Lory(nn.Module):
 
     def flops_per_token(self, L):
         """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
-        recomputation do not count as useful work (see mfu in train.py)."""
+        recomputation do not count as useful work."""
         lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
         attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
         return 6 * (self.num_params(active=True) - lookup + attention)
@@ -514,15 +475,15 @@ def draw(logits, temperature, top_k, top_p):
     if top_k > 0:
         share = share[:, :top_k]  # (B, top_k), the likeliest
     share = share / share.sum(-1, keepdim=True)
-    share = share * (share.cumsum(-1) - share <= top_p)  # keeps tokens until they hold more than top_p
+    share = share * (share.cumsum(-1) - share <= top_p)  # keeps a token if likelier ones hold at most top_p
     return token.gather(-1, torch.multinomial(share, 1))[:, 0]
 
 
 # --- Flags, files and errors, shared by the scripts. ---
 
 def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
-    """Add --name=value to the parser. The value has the type of the default, and a number must be in
-    low <= value < below. A bool may stand alone, which means True."""
+    """Add --name=value to the parser, of the type of the default and, if a number, in low <= value < below.
+    A bool may stand alone, which means True."""
     kind = type(default)
 
     def parse(text):
@@ -542,20 +503,12 @@ def make_parser(doc):
                                    usage='python %(prog)s [--flag=value ...], see --help', allow_abbrev=False)
 
 
-def tell(text, end='\n'):
-    """Print at once. If stdout is gone (Ctrl-C ends `| tee`, too), go on in silence."""
-    try:
-        print(text, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def run_script(main):
     """Run a script's main(). What a user can mend becomes one sentence on stderr and exit code 2."""
-    sys.stdout.reconfigure(errors='replace')  # a terminal may lack a character
+    sys.stdout.reconfigure(errors='replace', line_buffering=True)  # a terminal may lack a character
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
     except UserError as error:
         sentence = str(error)
@@ -586,21 +539,11 @@ def usable_device(name):
 def atomic_open(path, mode='wb', **kw):
     """Write a file whole or not at all: to path.tmp, fsync, rename. Its folder is made if missing."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    try:
-        with open(f'{path}.tmp', mode, **kw) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f'{path}.tmp', path)
-    except (OSError, RuntimeError) as error:
-        # torch.save turns the OSError of a full disk into a RuntimeError.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, f'{cause.strerror}, so what was there is unchanged', str(path)) from None
-    finally:
-        with suppress(FileNotFoundError):  # it is there only if something failed
-            os.remove(f'{path}.tmp')
+    with open(f'{path}.tmp', mode, **kw) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.tmp', path)
 
 
 FORMAT = 2  # of checkpoints
@@ -609,31 +552,24 @@ FORMAT = 2  # of checkpoints
 def save_checkpoint(path, model, tokenizer, weights=None, **rest):
     """Write a Lory, its tokenizer (the content of tokenizer.json) and the plain values in `rest` to path,
     atomically. `weights` is its state dict, if the caller has it already."""
-    model = getattr(model, '_orig_mod', model)  # inside what torch.compile returns
     rest |= dict(format=FORMAT, layer=model.ffn_name, config=asdict(model.config), tokenizer=tokenizer)
     with atomic_open(path) as f:
         torch.save(dict(rest, model=weights or model.state_dict()), f)
-        f.flush()
-        torch.load(f.name, 'cpu', weights_only=True, mmap=True)  # raises if read_checkpoint would
 
 
 def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under
-    torchrun each rank maps the file instead of reading all of it, and one on each machine verifies it."""
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under torchrun
+    each rank maps the file instead of reading all of it, and one on each machine verifies it."""
     rank = os.environ.get('LOCAL_RANK')
-    try:
+    with suppress(Exception):  # zipfile and torch raise many kinds
         with zipfile.ZipFile(path) as archive:
             # testzip looks at the checksums, which torch.load does not, and returns what is damaged.
             damaged = archive.testzip() if rank in (None, '0') else None
-        if not damaged:
-            ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
-            if ckpt['format'] == FORMAT:
-                return ckpt
-    except Exception as error:  # zipfile and torch raise many kinds
-        if isinstance(error, MemoryError) or 'allocate' in str(error):
-            raise  # out of memory, see run_script
-    raise UserError(f'cannot read {path}: it is missing, damaged or no checkpoint of format {FORMAT}; choose '
-                    'another, or run train.py.')
+        ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
+        if not damaged and ckpt['format'] == FORMAT:
+            return ckpt
+    raise UserError(f'cannot read {path}: it is missing, damaged, too large for main memory or no checkpoint '
+                    f'of format {FORMAT}; choose another, or run train.py.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

@@ -34,7 +34,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script, tell
+from lory import UserError, add_flag, atomic_open, make_parser, read_checkpoint, run_script
 
 FORMAT = 1              # of the dataset on disk; a reader refuses any other
 EOT = '<|endoftext|>'   # stands before each document
@@ -173,8 +173,8 @@ def read_inputs(paths):
         else:
             docs.append(Document(text, domain, source))
     if skipped:
-        tell(f'skipped {len(skipped):,} inputs that are no UTF-8 text, or a dataset or run of these scripts: '
-             + ', '.join(skipped[:5]))
+        print(f'skipped {len(skipped):,} inputs, not UTF-8 text or made by these scripts:',
+              ', '.join(skipped[:5]))
     # Legends hide a name that begins with _ and read $ as mathematics, and a log has one line for a name. So
     # odd characters become numbers, and two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
@@ -484,12 +484,12 @@ def main(argv=None):
     if args.dataset != os.path.basename(os.path.abspath(args.dataset)):
         raise UserError(f'--dataset={args.dataset} must be a plain name: it becomes a folder in data/.')
     if os.path.exists(f'data/{args.dataset}'):
-        tell(f'what is in data/{args.dataset}/ now will be replaced')
+        print(f'what is in data/{args.dataset}/ now will be replaced')
     # A tokenizer that cannot be had should fail before the work. bpe is trained after it.
     tokenizer = None if args.tokenizer == 'bpe' else make_tokenizer(args.tokenizer)
 
     docs = read_inputs(args.input) if args.input else read_builtin(args.mb_per_domain)
-    tell(f'read {len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
+    print(f'read {len(docs):,} documents, {count_bytes(docs) / 1e6:.2f} MB')
     domains = sorted({doc.domain for doc in docs}, key=None if args.input else DOMAINS.index)
     if len(domains) > 256:
         raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels or inputs.')
@@ -497,10 +497,10 @@ def main(argv=None):
     originals, copies = drop_twins(docs, shortest=np.inf)
     val, train = hold_out(originals, args.val_fraction)
     train, twins = drop_twins(train, shortest=50, held=val)
-    tell(f'dropped {len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
+    print(f'dropped {len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
     if len(copies + twins) > len(docs) / 2:
         dropped, twin = (copies + twins)[0]
-        tell(f'warning: that is more than half of the input: {dropped.source} counts as {twin.source}')
+        print(f'warning: that is more than half of the input: {dropped.source} counts as {twin.source}')
     if not train or not val:
         raise UserError(f'too little text, nothing is left to {"train on" if val else "hold out"}: give more '
                         f'in UTF-8, {4 * MIN_VAL} bytes of a domain at least, and not all of it alike.')
@@ -510,17 +510,17 @@ def main(argv=None):
     for d, domain in enumerate(domains):
         trained, held = ([doc for doc in side if doc.domain == domain] for side in (train, val))
         why = '' if trained and held else ' (too little, or too much alike, for both)'
-        tell(f'{domain}: {count_bytes(trained):,} bytes to train on, {count_bytes(held):,} held out{why}')
+        print(f'{domain}: {count_bytes(trained):,} bytes to train on, {count_bytes(held):,} held out{why}')
         chained += arrange(held, 'similar', args.n_neighbors, [args.seed, d])[0]
     train, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
-    tell(f'order {args.order}: cosine with the next document {cosine[0]:.3f}, at random {cosine[1]:.3f}')
+    print(f'order {args.order}: cosine with the next document {cosine[0]:.3f}, at random {cosine[1]:.3f}')
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
     meta = save_dataset(Path('data', args.dataset), {'train': train, 'val': chained}, tokenizer, {
         'domains': domains, 'arguments': vars(args), 'seed': args.seed,
         'versions': {name: metadata.version(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
     for split in ('train', 'val'):
-        tell(f'data/{args.dataset}/{split}.bin: {meta[split]["tokens"]:,} tokens')
+        print(f'data/{args.dataset}/{split}.bin: {meta[split]["tokens"]:,} tokens')
 
 
 if __name__ == '__main__':

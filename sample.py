@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint, tell,
+from lory import (Lory, UserError, add_flag, load_checkpoint, make_parser, run_script, save_checkpoint,
                   usable_device)
 from prepare import encode, load_tokenizer, token_bytes
 
@@ -76,14 +76,12 @@ def main(argv=None, build=Lory):
     if args.show_routing:
         show_routing(routing[0, :, -1])
     if args.save_dense:
-        trained = ckpt.get('args', {})  # with the name of the dataset, for training on
-        save_checkpoint(args.save_dense, model.specialize(prompt), ckpt['tokenizer'], args=trained)
+        save_checkpoint(args.save_dense, model.specialize(prompt), ckpt['tokenizer'])
         print(f'dense model written; now try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)
     for i in range(args.num_samples):
-        tell('-' * 80 + '\n' if i else '', end='')
-        tell(text, end='')
+        print('-' * 80 + '\n' if i else '', text, sep='', end='', flush=True)
         began, count, sample = time.perf_counter(), 0, ''
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
         for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
@@ -91,11 +89,11 @@ def main(argv=None, build=Lory):
             if not size[token.item()]:  # <|endoftext|>, or an id that stands for nothing
                 break
             new = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
-            tell(new, end='')
+            print(new, end='', flush=True)
             sample += new
             if args.stop and args.stop in sample:
                 break
-        tell(decoder.decode(b'', True))  # an incomplete character shows as such
+        print(decoder.decode(b'', True))  # an incomplete character shows as such
         seconds = max(time.perf_counter() - began, 1e-9)
         print(f'[{count} tokens, {count / seconds:.0f} tokens/s]', file=sys.stderr)
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -146,29 +145,35 @@ def test_layer_equals_naive_loop_in_output_and_every_gradient(how, L):
 def test_lean_merge_against_finite_differences():
     shapes = (3, 5, 4), (3, 2), (2, 4, 6)  # x (S, T, in), e (S, E), θ (E, in, out)
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(lory.MergedLinear.apply, inputs)
+    assert torch.autograd.gradcheck(lory.merged_linear, inputs)
 
 
-@pytest.mark.parametrize('backend', [None, 'aot_eager_decomp_partition'])  # needs no C++ compiler
-@pytest.mark.parametrize('apart', [1.0, 0.003])
-def test_bfloat16_stays_near_the_float32_formula_and_keeps_no_merged_weights(apart, backend):
-    """Also just after warm-up, when experts differ, and with them e, by less than bfloat16 resolves. What
-    autograd saves does not grow with the number of segments times the size of an expert."""
-    ffn = randomize(LoryFFN(tiny_config(n_embd=64, ffn_hidden=96, segment_len=2)), scale=0.1).float()
-    for p in (ffn.gate, ffn.up, ffn.down):
-        p.data = torch.lerp(p[:1], p, apart)
+def test_bfloat16_stays_near_the_float32_formula():
+    """In output and gradients. Routing stays in float32."""
+    ffn = randomize(LoryFFN(tiny_config(n_embd=64, ffn_hidden=96)), scale=0.1).float()
     x = torch.randn(4, 24, 64, requires_grad=True)
-    inputs, sizes = [x, *ffn.parameters()], []
-    y, e = ffn(x)
-    running = torch.compile(ffn, backend=backend) if backend else ffn
-    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t)
-    with torch.autocast('cpu', dtype=torch.bfloat16), keep:
-        y16, e16 = running(x)
+    inputs, (y, e) = [x, *ffn.parameters()], ffn(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y16, e16 = ffn(x)
     assert y16.dtype == torch.bfloat16
-    assert_close(e16, e)  # float32 in both
+    assert_close(e16, e)
     for exact, rounded in zip(with_gradients(y, inputs), with_gradients(y16.float(), inputs)):
         assert (exact - rounded).norm() < 0.02 * exact.norm()  # bfloat16 keeps 8 bits: 0.004 an operation
-    assert max(sizes) == ffn.gate.numel(), 'of 4 experts; 48 merged FFNs are twelve times as large'
+
+
+def test_merged_weights_are_not_kept_for_the_backward_pass():
+    """They are merged once more there. torch.compile, too, keeps no tensor as large as 12 merged FFNs, of
+    which one has the size of an expert, but only some of the size of all 4 experts."""
+    ffn, x = LoryFFN(tiny_config(segment_len=2)), torch.randn(4, 6, 16)
+    with mock.patch.object(lory, 'merge', wraps=lory.merge) as merges:
+        y, _ = ffn(x)
+        assert merges.call_count == 3
+        y.sum().backward()
+        assert merges.call_count == 6
+    sizes, compiled = [], torch.compile(ffn, backend='aot_eager_decomp_partition')  # needs no C++ compiler
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        compiled(x)
+    assert max(sizes) == ffn.gate.numel()
 
 
 def test_the_dense_model_against_a_second_implementation():
@@ -191,8 +196,7 @@ def test_the_dense_model_against_a_second_implementation():
     logits, loss, routing = model(idx, targets, return_routing=True)
     assert_close(logits, normed(x) @ model.embed.weight.T, rtol=1e-6, atol=1e-6)  # its angles are float32
     assert loss.item() == pytest.approx(sum(terms) / 17, rel=1e-5)
-    assert ffn.router is None and routing.shape == (2, 1, 2, 1)
-    assert model.prefill(idx)[1].shape == (2, 1, 1, 1), 'a prompt of two segments is routed once'
+    assert ffn.router is None and routing.shape == model.prefill(idx)[1].shape == (2, 1, 1, 1)
 
 
 @pytest.mark.parametrize('how', [*ROUTINGS, dict(first_segment='self', segment_len=24)])
@@ -327,24 +331,19 @@ def test_configs_and_prompts_that_cannot_be_are_refused():
     for name, value in dict(n_experts=0, segment_len=25, n_head=3, first_segment='zero').items():
         refused(name, tiny_config, **{name: value})
     model = Lory(tiny_config())
-    for shape, token, word in (((1, 5), 50, 'outside'), ((1, 5), -1, 'outside'), ((1, 0), 0, 'block_size'),
-                               ((1, 25), 0, 'block_size=24'), ((5,), 0, '[(]B, L[)]')):
-        refused(word, model.generate, torch.full(shape, token), 3)
-    refused('one prompt', model.specialize, torch.full((2, 5), 0))
+    for L in (0, 25):
+        refused('block_size=24', model.generate, torch.full((1, L), 0), 3)
     state = {name: p for name, p in model.state_dict().items() if name != 'norm.weight'}
     refused('norm.weight is missing', model.fill, state)
-    refused('blocks.2.* has no place', model.fill, Lory(tiny_config(n_layer=3)).state_dict())
+    for other in (dict(n_layer=3), dict(n_layer=1), dict(n_experts=2), dict(ffn_hidden=8)):
+        refused('does not fit', model.fill, Lory(tiny_config(**other)).state_dict())
     assert model.generate(torch.full((2, 5), 0), 0).shape == (2, 0), 'no new tokens are none'
 
 
 def test_checkpoints_are_read_as_written_or_refused(tmp_path):
-    """Refused if cut off, one bit flipped, of an older format or no checkpoint. What would be refused is not
-    even written."""
+    """Refused if cut off, one bit flipped, of an older format or no checkpoint."""
     model, path = Lory(tiny_config(tie_embeddings=False)), tmp_path / 'ckpt.pt'
-    save_checkpoint(path, torch.compile(model), None, note='kept')
-    for tokenizer, step in ((object(), 1), ({}, np.float32(1))):
-        with pytest.raises(pickle.UnpicklingError):
-            save_checkpoint(path, model, tokenizer, step=step)
+    save_checkpoint(path, model, None, note='kept')
     again, ckpt = load_checkpoint(path)
     assert ckpt['note'] == 'kept' and again.config == model.config and not again.training
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
@@ -358,22 +357,14 @@ def test_checkpoints_are_read_as_written_or_refused(tmp_path):
         torch.save(other, path)
         refused('format 2', load_checkpoint, path)
     refused('cannot read', load_checkpoint, tmp_path)
-    with mock.patch.object(torch, 'load', lambda *args, **more: torch.empty(2**60)):
-        pytest.raises(RuntimeError, load_checkpoint, path).match('allocate')  # too large is not damaged
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    def write(data):
-        if f.tell() > 0:
-            raise OSError(28, 'No space left on device')
-        return f.write(data)
     (tmp_path / 'f').write_text('old')
-    with pytest.raises(OSError, match='No space left.*unchanged.*/f'), lory.atomic_open(tmp_path / 'f') as f:
-        torch.save('', SimpleNamespace(write=write))  # raises a RuntimeError that hides the cause
-    with pytest.raises(RuntimeError, match='not of the disk'), lory.atomic_open(tmp_path / 'f') as f:
+    with pytest.raises(KeyboardInterrupt), lory.atomic_open(tmp_path / 'f') as f:
         f.write(b'half')
-        raise RuntimeError('not of the disk')
-    assert (tmp_path / 'f').read_text() == 'old' and os.listdir(tmp_path) == ['f']
+        raise KeyboardInterrupt
+    assert (tmp_path / 'f').read_text() == 'old'
 
 
 def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(capsys):
@@ -384,13 +375,6 @@ def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(capsys):
             lory.run_script(mock.Mock(side_effect=error))
     assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*install gcc and g[+][+].*[.]\n){2}'
                            '.*No space left: .*[.]\n', capsys.readouterr().err)
-
-
-def test_what_is_said_to_nobody_is_no_error():
-    """On a full disk; or after Ctrl-C with `| tee`, which ends first."""
-    with open('/dev/full', 'w') as gone, mock.patch.object(sys, 'stdout', gone):
-        lory.tell('one')
-        lory.tell('two')
 
 
 # --- prepare.py: what it reads and holds out. ---
@@ -732,7 +716,6 @@ def test_a_failed_prepare_leaves_the_old_data(name, number, error, data_copy):
     with pytest.raises((KeyboardInterrupt, OSError), match='^$|No space left'):
         with at_call(os, name, number, mock.Mock(side_effect=error)):
             run(prepare, data_copy, *OWN, '--seed=3')
-    assert set(os.listdir(path)) == {'meta.json', *old['sha256']}
     with pytest.raises(UserError, match='checksum') if number == 4 else nullcontext():
         assert prepare.load_dataset(path, 32).meta == old
 
@@ -872,19 +855,17 @@ def test_best_is_the_best_validation(run_home, monkeypatch):
 
 def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
     """A specialized model is trained on as it is, or as the seed of equal experts; experts that have parted
-    are not tied again. A model without a run cannot be resumed."""
+    are not tied again."""
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     save_checkpoint(run_home / 'bare/ckpt.pt', model.specialize(torch.arange(9)[None]), ckpt['tokenizer'])
-    flags = ['--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
+    flags = ['--dataset=own', '--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
     for start, n_experts, tied_until in (('whole', 4, 0), ('bare', 1, 0), ('bare', 4, 5)):
         run(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',
             f'--out_dir={start}{n_experts}')
-        flags.append('--dataset=own')  # the whole run knows its own
         again, onward = load_checkpoint(run_home / f'{start}{n_experts}/ckpt.pt')
         assert vars(again.config) == vars(model.config) | dict(n_experts=n_experts)
         assert onward['tied_until'] == tied_until
         assert max(onward['losses']) < ckpt['losses'][0] - 0.3, 'it starts from scratch'
-    refused('without a run', run, train, run_home, '--init_from=resume', '--out_dir=bare')
 
 
 def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data_copy):
@@ -904,11 +885,11 @@ def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data
         del fields['routing']
     torch.save(ckpt, path)
     (data_copy / 'data/own').rename(data_copy / 'data/moved')
-    resume('--max_iters=5', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=0', '--dataset=moved')
+    resume('--max_iters=5', '--ffn_hidden=0', '--dataset=moved')
     groups = load_checkpoint(path)[1]['optimizer']['param_groups']
-    assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
+    assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.8, .95, .1), (.8, .95, 0)]
     run(prepare, data_copy, *OWN, '--val_fraction=.3')
-    refused('trained on', resume, '--max_iters=6', '--dataset=own')
+    refused('no run on', resume, '--max_iters=6', '--dataset=own')
 
 
 class Nearer(LoryFFN):
@@ -972,8 +953,7 @@ def test_two_ranks_equal_one(run_home):
 
 
 @pytest.mark.parametrize('name, result', [('over_ranks', (math.inf, 1.0, False)),  # the loss of an update
-                                          ('over_ranks', (3.0, math.nan, True)),  # its gradient, at Ctrl-C
-                                          ('evaluate', (dict(val_bpb=math.nan), None))])
+                                          ('over_ranks', (3.0, math.nan, True))])  # its gradient, at Ctrl-C
 def test_a_run_that_is_not_finite_stops_before_it_saves(name, result, run_home, monkeypatch):
     monkeypatch.setattr(train, name, lambda *args: result)
     refused('step 1 is not finite', run, train, run_home, *TINY, '--eval_interval=1', '--out_dir=wild')
@@ -995,7 +975,6 @@ def test_sample_prints_what_generate_makes_and_stops(run_home, capsys, monkeypat
     shown = sampled(*greedily, '--show_routing', '--save_dense=dense.pt')
     assert shown.count('\nlayer') == 2 and shown.endswith(f'\nThe value{text}\n')
     assert sampled(*greedily, '--checkpoint=dense.pt') == f'The value{text}\n'
-    assert load_checkpoint(run_home / 'dense.pt')[1]['args']['dataset'] == 'own', 'to train on from it'
     stopped = sampled(*greedily, f'--stop={text[3:6]}')[9:-1]
     assert text.startswith(stopped) and text[3:6] in stopped and len(stopped) < len(text)
     drawn = ['--start=Füße 漢字', '--num_samples=2', '--top_k=50', '--top_p=.95']
@@ -1018,7 +997,7 @@ MISTAKES = {  # The sentence names the last flag, or says what stands after the 
               '--input list.jsonl -> line 1', '--input alike --val_fraction=.6 -> left to train on',
               '--dataset=a/b', '--dataset=..', '--tokenizer=gpt22', '--vocab_size=256', '--val_fraction=0',
               '--n_neighbors=0', '--nonsense=1'],
-    train: ['--out_dir=', '--device=gpu', '--block_size=9999999', '--shard', '--dataset=none', '--seed=-1',
+    train: ['--device=gpu', '--block_size=9999999', '--shard', '--dataset=none', '--seed=-1',
             '--dataset=builtin --n_head=5', '--gradient_accumulation_steps=2 --batch_size=3', '--beta1=1',
             '--log_interval=0', '--learning_rate=nan', '--routing=token', '--preset=7b', '--max_iter=3',
             '--compile=maybe', '--init_from=resum -> read resum', '--init_from=resume -> refused/ckpt.pt',
@@ -1026,7 +1005,7 @@ MISTAKES = {  # The sentence names the last flag, or says what stands after the 
             '--init_from=whole/ckpt.pt --preset=0.3b -> ffn_hidden', '--out_dir=whole -> holds a run',
             *(f'--out_dir=whole --init_from=resume --{flag}' for flag in (
                 'n_layer=3', 'n_experts=2', 'batch_size=8', 'seed=1', 'eval_windows=1', 'dense_warmup=.1',
-                'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96', 'max_iters=29 -> step 30'))],
+                'beta1=.5', 'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96'))],
     sample: ['--start=FILE:none -> read none', '--start=FILE:data/own/val.bin -> UTF-8', '--temperature=nan',
              '--start=\udcff -> UTF-8', '--start=' + 'word,' * 100 + ' -> block_size', '--temperature=-1',
              '--device=foo', '--out_dir=nowhere -> read nowhere', '--save_dense=whole/ckpt.pt', '--top_k=x',

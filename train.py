@@ -18,7 +18,6 @@ import platform
 import signal
 import statistics
 import time
-from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -29,17 +28,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
-                  run_script, save_checkpoint, tell, usable_device)
+                  run_script, save_checkpoint, usable_device)
 
 # The paper's models and schedule (Sec. 4.1, G.3). Its 0.3B/8E, for example, is --preset=0.3b --n_experts=8.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
@@ -48,10 +47,11 @@ PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
-# What may not differ from a checkpoint: SHAPE when a run starts from its weights, FIXED when its run resumes.
+# What must match a checkpoint: SHAPE to start from its weights, FIXED to go on with its run.
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
-FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of a sharded model, on rank 0
+FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows', 'beta1', 'beta2',
+                        'weight_decay'}
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # a checkpoint's whole tensors
 
 
 def flags():
@@ -111,8 +111,8 @@ def main(argv=None, build=Lory):
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
-    if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
-        raise UserError(f'data/{args.dataset} is not what the run was trained on: prepare it as before.')
+    if args.init_from == 'resume' and saved.get('data') != data.meta['sha256']:
+        raise UserError(f'no run on data/{args.dataset} made the checkpoint: prepare that text as before.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
@@ -121,37 +121,31 @@ def main(argv=None, build=Lory):
     # --- model and optimiser ---
     config.vocab_size = len(token_bytes)
     with torch.device('meta' if args.shard else 'cpu'):  # on 'meta' a model takes no memory
-        model = build(config, seed=args.seed)  # experts begin equal, so it computes what the dense one does
+        model = build(config, seed=args.seed)  # all experts begin equal, so it begins as the dense model
     wrapped = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
-        load_weights(model, saved)
+        model.fill(saved['model'], saved['layer'], load=partial(set_model_state_dict, options=WHOLE))
     # Dense warm-up needs equal experts: new ones, or those filled from a dense checkpoint.
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
+    step, losses, rows = 0, [], []  # all that a run carries, with model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
-        load_optimizer(model, optimizer, saved['optimizer'])
+        set_optimizer_state_dict(model, optimizer, saved['optimizer'], options=WHOLE)
         if saved['scaler']:  # {} if the run was not in float16
             scaler.load_state_dict(saved['scaler'])
-        if step > args.max_iters:
-            raise UserError(f'the run is at step {step} already: max_iters counts these, too, so raise it.')
-        before = Namespace(**vars(args) | saved['args'])  # new flags may change the schedule
-        say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}; by the flags until now '
-            f'{learning_rate(step, before):.2e}')
+        say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}')
     saved = None  # free its memory
     epochs = args.max_iters * args.batch_size * args.block_size / len(data.train.tokens)
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
         f'{config.segment_len}: {model.num_params():,} parameters, {model.num_params(active=True):,} active')
     say(f'training  {args.max_iters:,} steps of {args.batch_size} x {args.block_size} tokens, {epochs:,.1f} '
-        f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}')
-    if tied_until:
-        say(f'warm-up   experts are tied until step {tied_until:,}')
+        f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}, dense until step {tied_until}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    signals, stop = catch_signals(), False
-    clock = []  # when each update began and ended, seconds
+    signals, stop = catch_signals(rank), False
+    times = []  # seconds that each update took
 
     while step < args.max_iters and not stop:
         # --- one update ---
@@ -181,20 +175,20 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        check_finite(step, loss if scaler.is_enabled() else loss + norm)  # the scaler skips a bad gradient
+        if not math.isfinite(loss if scaler.is_enabled() else loss + norm):  # a scaler skips a bad gradient
+            raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
+                            '--learning_rate, with --init_from=resume if there is a checkpoint.')
         losses.append(loss)
-        clock.append((began, time.perf_counter()))
+        times.append(time.perf_counter() - began)
 
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
             bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']  # bits per byte
-            seconds = statistics.median(ended - began for began, ended in clock[-args.log_interval:])
-            tok_s = args.batch_size * args.block_size / max(seconds, 1e-9)
+            seconds = statistics.median(times[-args.log_interval:])
+            tok_s = args.batch_size * args.block_size / seconds
+            left = timedelta(seconds=round((args.max_iters - step) * seconds))
             rows.append(dict(step=step, loss=mean, bpb=bpb, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
-            # From end to end, so that validations count, but not the first update, which may compile.
-            mean_s = (clock[-1][1] - clock[0][1]) / max(1, len(clock) - 1)
-            left = timedelta(seconds=round((args.max_iters - step) * mean_s))
             say(f'step {step:6d} | loss {mean:.4f}, {bpb:.3f} bpb | lr {lr:.2e} | norm {norm:5.2f} | '
                 f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}'
                 f'{left} left')
@@ -203,7 +197,6 @@ def main(argv=None, build=Lory):
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
-            check_finite(step, figures['val_bpb'])
             rows.append(dict(step=step, **figures))
             say(f'step {step:6d} | {validation_line(figures, windows)}')
             if rank == 0:
@@ -214,12 +207,12 @@ def main(argv=None, build=Lory):
             weights, averages = get_state_dict(model, optimizer, options=WHOLE)  # all ranks take part
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
-            # Compared after segment 1: with first_segment=self that segment sees ahead.
-            best = validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows)
             if rank == 0:
-                # best.pt first: after a crash in between the run resumes from the old ckpt.pt and writes both
-                for name in ('best', 'ckpt') if best else ('ckpt',):
-                    save_checkpoint(f'{args.out_dir}/{name}.pt', model, data.tokenizer, weights, **run)
+                # best.pt first: after a crash in between, a resumed run writes both again. It is judged after
+                # segment 1, because with first_segment=self that segment sees ahead.
+                if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
+                    save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
+                save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for whoever called main
@@ -241,25 +234,19 @@ def read_settings(argv):
     the checkpoint and the preset, then with their settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
-    if not args.out_dir:
-        raise UserError('out_dir is empty: name a folder, or leave --out_dir out.')
-    latest = f'{args.out_dir}/ckpt.pt'
+    latest, forced = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
-        if 'tied_until' not in saved:
-            raise UserError(f'{latest} is a model without a run: start from it with --init_from={latest} and '
-                            'another --out_dir.')
-        known = saved['args'] | saved['config']
+        known, forced = saved.get('args', {}) | saved['config'], dict(out_dir=args.out_dir)
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
-        known = dict(dataset=saved.get('args', {}).get('dataset', 'builtin')) | saved['config']
-    preset = {} if args.init_from == 'resume' else PRESETS[args.preset]  # a run's settings hold its preset's
-    parser.set_defaults(**known | preset | dict(out_dir=args.out_dir))
+        known = saved['config']
+    parser.set_defaults(**known | forced)
     args = parser.parse_args(argv)
     config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
-    settings = vars(args) | asdict(config)  # in which ffn_hidden is the width that 0 stands for
+    settings = vars(args) | asdict(config)  # with the ffn_hidden that 0 stands for
     for name in sorted(fixed & known.keys()):  # an older run may lack a flag
         if settings[name] != known[name]:
             raise UserError(f'{name}={known[name]!r} of the checkpoint cannot change: leave out --{name}, or '
@@ -268,7 +255,7 @@ def read_settings(argv):
 
 
 def pick_device(args):
-    """-> device, dtype of autocast"""
+    """-> device, dtype of autocast. Makes the process ready for them."""
     device, dtype = args.device, args.dtype
     if device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
@@ -321,20 +308,20 @@ def get_batch(tokens, first, count, args, device):
 
 def to_xy(windows, device):
     """Windows of L + 1 tokens -> inputs and targets, (B, L) int64 both"""
-    xy = torch.from_numpy(np.stack(windows).astype(np.int64))  # (B, L + 1)
-    xy = xy.pin_memory().to(device, non_blocking=True) if 'cuda' in str(device) else xy.to(device)
+    xy = torch.from_numpy(np.stack(windows).astype(np.int64)).to(device)  # (B, L + 1)
     return xy[:, :-1], xy[:, 1:]
 
 
-def catch_signals():
+def catch_signals(rank):
     """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. The same again: KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
         signals.append(which)
         signal.signal(which, signal.default_int_handler)
-        with suppress(OSError):  # nobody may be reading. And print is unsafe here
-            os.write(2, b'\nstopping after this step, to save; once more stops without\n')
+        if rank == 0:
+            with suppress(OSError):  # nobody may be reading. And print is unsafe in a handler
+                os.write(2, b'\nstopping after this step, to save; once more stops without\n')
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
     return signals
@@ -350,16 +337,10 @@ def over_ranks(loss, norm, n_signals, world):
     return loss, norm, n_signals > 0
 
 
-def check_finite(step, figure):
-    if not math.isfinite(figure):
-        raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
-                        '--learning_rate, with --init_from=resume if there is a checkpoint.')
-
-
 # --- Validation, always on the same windows, each domain on its own text. ---
 
 def validation_windows(split, domains, L, limit=0):
-    """Domain -> its windows of L + 1 tokens, or `limit` evenly spaced ones; the only one may be short."""
+    """Domain -> its windows of L + 1 tokens, or `limit` evenly spaced ones. A short domain is one window."""
     windows = {}
     for d, name in enumerate(domains):
         # prepare.py writes domain by domain. This one ends where the first document of the next one begins.
@@ -378,7 +359,8 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
     -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
        ("later"), the domains' means, and unless tied the share of experts with a weight above 2/E (App. G.1)
-    -> mean routing weights (Sec. 5.4) of all but segment 1, as for that share, (n_domains, n_layer, E)"""
+    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E). These and that share leave out segment 1,
+       unless it is the only one."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
@@ -395,7 +377,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             n_bytes = token_bytes[y]  # (B, L)
             counts = n_bytes > 0  # <|endoftext|> has no bytes and does not count
             totals += torch.stack([loss.view_as(y) * counts, n_bytes, counts]).sum(1)  # (3, L)
-            e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or of the only segment
+            e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E)
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
             used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
         totals = totals.cpu().double()
@@ -415,20 +397,23 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
 
 def validation_line(figures, domains):
     """What `evaluate` found, as the screen shows it."""
-    line = f'validation {figures["val_bpb"]:.4f} bits per byte'
-    if figures['later_bpb'] != figures['val_bpb']:  # equal if no window has a second segment
-        line += f', {figures["later_bpb"]:.4f} after segment 1'
-    if 'experts' in figures:
-        line += f' | experts in use {100 * figures["experts"]:.0f}%'
-    return f'{line} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains)
+    used = f' | experts in use {100 * figures["experts"]:.0f}%' if 'experts' in figures else ''
+    return (f'validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} after segment 1'
+            f'{used} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains))
+
+
+def tell(text):
+    """Print, and go on if nobody reads: Ctrl-C ends the tee in `train.py | tee`, too."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def on_cuda(model, device, tok_s):
-    """For the screen: the share of an H100's bfloat16 FLOP/s in use at tok_s tokens/s, and peak memory."""
+    """For the screen: useful TFLOP/s of a GPU at tok_s tokens/s (an H100 has 989), and peak memory."""
     if 'cuda' not in device:
         return ''
-    mfu = tok_s * model.flops_per_token(model.config.block_size) / 989e12
-    return f'{100 * mfu:.0f}% of an H100 | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
+    tera = tok_s * model.flops_per_token(model.config.block_size) / 1e12
+    return f'{tera:.0f} TFLOP/s | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
 
 
 def write_log(path, rows):
@@ -440,37 +425,27 @@ def write_log(path, rows):
 
 def plot(out_dir, rows, domains, routing):
     """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
-    font = get_font(findfont(FontProperties()))
-    labels = [name if all(font.get_char_index(ord(c)) for c in name) else f'domain {d}'  # not in the font
-              for d, name in enumerate(domains, 1)]
-    columns = ['bpb', 'val_bpb', *(f'bpb_{name}' for name in domains)]
+    columns = {'bpb': 'training', 'val_bpb': 'mean of domains'} | {f'bpb_{name}': name for name in domains}
     fig = Figure(figsize=(8, 4.5), layout='constrained')
     ax = fig.subplots()
-    for column, label in zip(columns, ['training', 'mean of domains', *labels]):
+    for column, label in columns.items():
         points = [(row['step'], row[column]) for row in rows if column in row]
-        color = {'bpb': '0.7', 'val_bpb': 'k'}.get(column)
-        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', color=color, label=label)
-    first = next(row for row in rows if 'val_bpb' in row)  # training begins far above
-    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.1 * max(first[c] for c in columns[1:])))
-    ax.legend(fontsize=8)
-    save_picture(fig, f'{out_dir}/loss.png')
+        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', label=label)
+    ax.set(xlabel='step', ylabel='bits per byte', yscale='log')
+    ax.legend()
+    fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
     n_layer, E = routing.shape[1:]
     if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing, see `evaluate`
         fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
-        axes = fig.subplots(1, n_layer, squeeze=False, sharey=True)[0]
+        axes = fig.subplots(1, n_layer, squeeze=False)[0]
         for layer, ax in enumerate(axes):
             image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
-                              extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))
+                              extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))  # experts from 1
             ax.set(title=f'layer {layer + 1}', xlabel='expert')
-            ax.set_yticks(range(len(domains)), labels)
+            ax.set_yticks(range(len(domains)), domains)
         fig.colorbar(image, ax=axes, label='mean routing weight')
-        save_picture(fig, f'{out_dir}/experts.png')
-
-
-def save_picture(fig, path):
-    with atomic_open(path) as f:
-        fig.savefig(f, format='png', dpi=110)
+        fig.savefig(f'{out_dir}/experts.png', dpi=110)
 
 
 # --- Model and optimiser, alone or among many ranks. ---
@@ -493,34 +468,13 @@ def wrap(model, args, device, world):
         raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
                         'divide, and FFNs without buffers: change these, or say --shard=False.')
     mesh = dist.init_device_mesh(device.split(':')[0], (world,))
-    for part in (*model.blocks, model):  # no stacked experts along E, so tie_gradients works on each rank
+    # Never along E: each rank holds a slice of every expert, so tie_gradients needs no other rank.
+    for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
     model.to_empty(device=device)
     with implicit_replication():  # each rank keeps its share of what is drawn
         model.init_weights(args.seed)
     return model
-
-
-def share(p, whole):
-    """What this rank keeps of `whole`, for a parameter p: its share if p is sharded, but all of a number."""
-    if isinstance(p, DTensor) and whole.dim() > 0:
-        return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).clone()
-    return whole
-
-
-def load_weights(model, saved):
-    """Take the weights of a checkpoint. Those of a dense model fill every expert."""
-    params = model.state_dict()
-    model.fill({name: share(params.get(name), w) for name, w in saved['model'].items()}, saved['layer'])
-
-
-def load_optimizer(model, optimizer, state):
-    """Take Adam's averages from a checkpoint. Learning rate, decay and betas come from the flags."""
-    params = dict(model.named_parameters())
-    for name, averages in state['state'].items():  # in the file's order, which the next file keeps
-        p = params[name]
-        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
-            optimizer.state[p][key] = share(p, value).to(p.device, copy=True)
 
 
 if __name__ == '__main__':

@@ -17,11 +17,8 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from functools import partial
-from types import SimpleNamespace
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
@@ -36,8 +33,6 @@ VARIANTS = {  # name -> what differs from the size's config
     **{f'E=8 T={T}': dict(n_experts=8, segment_len=T) for T in (64, 128, 512)},
     'E=32 T=64': dict(n_experts=32, segment_len=64),
     'E=8 kept': dict(n_experts=8),
-    'E=8 checkpointed': dict(n_experts=8),
-    'E=8 float32 merge': dict(n_experts=8),
     'E=8 expert choice': dict(n_experts=8),
     'E=8 switch': dict(n_experts=8),
     'E=8 mixtral': dict(n_experts=8),
@@ -55,30 +50,18 @@ SIZES = {  # name -> config, sequences a step
 }
 PEAK = {'H200': 989e12, 'H100': 989e12, 'A100': 312e12}  # bfloat16 FLOP/s, by the cards' data sheets
 FEW = ['dense', 'E=8', 'E=32', 'E=8 kept']  # at the paper's size and compiled, where each takes long
-KEPT = SimpleNamespace(apply=lambda x, e, theta: x @ lory.merge(e, theta.to(x.dtype)))  # by autograd
-
-
-def merge_in_float32(x, e, theta):
-    """As KEPT, but the merge is in the dtype of the experts, whatever that of x. So is its derivative de."""
-    with torch.autocast(x.device.type, enabled=False):
-        return x @ lory.merge(e, theta).to(x.dtype)
-
-
-FORMULAS = {  # of variants that run something else than MergedLinear
-    'E=8 kept': KEPT,
-    'E=8 checkpointed': SimpleNamespace(apply=partial(checkpoint, KEPT.apply, use_reentrant=False)),
-    'E=8 float32 merge': SimpleNamespace(apply=partial(checkpoint, merge_in_float32, use_reentrant=False)),
-}
 
 
 @contextmanager
 def formula(name):
-    ours = lory.MergedLinear
-    lory.MergedLinear = FORMULAS.get(name, ours)
+    """'E=8 kept' runs the plain formula, whose merged weights autograd keeps until the backward pass."""
+    ours = lory.merged_linear
+    if name.endswith('kept'):
+        lory.merged_linear = lambda x, e, theta: x @ lory.merge(e, theta)
     try:
         yield
     finally:
-        lory.MergedLinear = ours
+        lory.merged_linear = ours
 
 
 def clock(device):

@@ -126,7 +126,6 @@ def test_decoding_on_a_card_mixes_no_devices_and_never_waits(card):
         model = on_card(Lory(LoryConfig(50, **SHAPE | dict(block_size=12))))
         idx = torch.zeros(2, 9, dtype=torch.int64, device=card)
         logits, _, caches = model.prefill(idx)
-        prompt = waits.where.total()
         for _ in range(8):  # past block_size
             logits = model.decode(draw(logits, 1.0, 5, 0.9), caches)
-        assert logits.device.type == card and waits.where.total() == prompt == 3
+        assert logits.device.type == card and waits.where.total() == 0

@@ -19,11 +19,13 @@ import threading
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import (get_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -47,7 +49,7 @@ def activations(config, micro, word=2, fused=True):
     # Its input, qkv, q and k turned, the output twice; the softmax's sums; sines and cosines.
     attention = word * 8 * D + 4 * nh + word * 2 * D // nh
     ffn = word * (D + 4 * H) if E > 1 else word * (2 * D + 4 * H)  # gate, silu(gate), up, their product
-    weights = 4 * D * D + (0 if E > 1 else 3 * D * H)  # rounded by autocast. MergedLinear keeps none
+    weights = 4 * D * D + (0 if E > 1 else 3 * D * H)  # rounded by autocast. Merged weights are not kept
     block = tokens * (2 * norm + attention + ffn) + (word * weights if word < 4 else 0)
     rest = tokens * (norm + word * D + 4 * V + 8) + (word * V * D if word < 4 else 0)
     return block, rest
@@ -187,8 +189,8 @@ def train_and_measure(part, config, folder):
 
     def resume():
         saved = read_checkpoint(f'{folder}/{FILE}')
-        train.load_weights(model, saved)
-        train.load_optimizer(model, optimizer, saved['optimizer'])
+        model.fill(saved['model'], load=partial(set_model_state_dict, options=train.WHOLE))
+        set_optimizer_state_dict(model, optimizer, saved['optimizer'], options=train.WHOLE)
 
     def save():
         weights, averages = get_state_dict(model, optimizer, options=train.WHOLE)

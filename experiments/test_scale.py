@@ -3,6 +3,7 @@ Tests for large models that need no GPU: devices, synchronisations, graphs, and 
 
     python -m pytest -q experiments/test_scale.py
 """
+import gc
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import (get_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -99,17 +101,20 @@ def rank_of_four(rank, folder):
             save_checkpoint(name, whole, None, weights, optimizer=averages)
         dist.barrier()
         saved = read_checkpoint(name)
-        train.load_weights(model, saved)
+        model.fill(saved['model'], load=partial(set_model_state_dict, options=train.WHOLE))
         sharded = model.optimizer(**ADAM)
-        train.load_optimizer(model, sharded, saved['optimizer'])
+        set_optimizer_state_dict(model, sharded, saved['optimizer'], options=train.WHOLE)
         same(model.state_dict(), whole.state_dict())
         for p, q in zip(model.parameters(), whole.parameters()):
             assert isinstance(p, DTensor) and p.to_local().numel() < p.numel()
             same(sharded.state[p], optimizer.state[q])
         weights, averages = get_state_dict(model, sharded, options=train.WHOLE)
         if rank == 0:  # what it would write is what it has read
+            saved = read_checkpoint(name)
             same(weights, saved['model'])
             same(averages['state'], saved['optimizer']['state'])
+    model = sharded = None  # gloo may abort the process at exit if they outlive the process group
+    gc.collect()
     dist.destroy_process_group()
 
 
