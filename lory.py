@@ -40,8 +40,8 @@ One letter, one meaning, in every shape comment:
 Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
 (In `Attention` k are keys. With E = 1 nothing is routed: N is 1.)
 
-Ours, not the paper's: the learned prior; dense warm-up by tying gradients; tied embeddings (see the README).
-`naive_lory` in test_lory.py is this layer as a plain loop, and a good first read.
+Ours, not the paper's: the learned prior, which is the router's bias; dense warm-up by tying gradients; tied
+embeddings (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop: read it first.
 """
 import argparse
 import math
@@ -107,7 +107,7 @@ class LoryConfig:
 
 def merge(e, theta):
     """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (S, E), (E, in, out) -> (S, in, out)"""
-    flat = e.to(theta.dtype) @ theta.flatten(1)  # (S, in * out)
+    flat = e @ theta.flatten(1)  # (S, in * out)
     return flat.view(-1, *theta.shape[1:])  # (S, in, out)
 
 
@@ -364,7 +364,7 @@ class Lory(nn.Module):
 
     def tie_gradients(self):
         """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
-        gradient becomes zero. (Weight decay still shrinks the router, by 4% in a default run.)
+        gradient becomes zero.
 
         The mean is 1/E of what a dense FFN would get, and Adam's step ignores the factor. After warm-up
         e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (The norm that is

@@ -256,8 +256,8 @@ def embed(texts):
     float64 holds their products and sums exactly, so every machine finds the same neighbours and ties."""
     from scipy.sparse import csr_matrix  # here, because they take a second that train.py can do without
     from sklearn.feature_extraction.text import TfidfVectorizer
-    word = regex.compile(r'\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{Han}|\p{L}+')  # parts camelCase, Chinese signs
-    # A term of one document relates it to none. A term of over 5% of them (and over 100) says too little.
+    word = regex.compile(r'\p{Lu}?[\p{Ll}\p{M}]+|\p{Lu}+|\p{Han}|\p{L}+')  # camelCase is two words
+    # A term of one document links it to no other. A term of over 5% of them (and over 100) says too little.
     tfidf = TfidfVectorizer(analyzer=lambda text: map(str.lower, word.findall(text)),
                             sublinear_tf=True, min_df=2, max_df=max(100, len(texts) // 20))
     try:

@@ -885,9 +885,9 @@ def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data
         del fields['routing']
     torch.save(ckpt, path)
     (data_copy / 'data/own').rename(data_copy / 'data/moved')
-    resume('--max_iters=5', '--ffn_hidden=0', '--dataset=moved')
+    resume('--max_iters=5', '--beta1=.5', '--weight_decay=.3', '--ffn_hidden=0', '--dataset=moved')
     groups = load_checkpoint(path)[1]['optimizer']['param_groups']
-    assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.8, .95, .1), (.8, .95, 0)]
+    assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
     run(prepare, data_copy, *OWN, '--val_fraction=.3')
     refused('no run on', resume, '--max_iters=6', '--dataset=own')
 
@@ -1005,7 +1005,7 @@ MISTAKES = {  # The sentence names the last flag, or says what stands after the 
             '--init_from=whole/ckpt.pt --preset=0.3b -> ffn_hidden', '--out_dir=whole -> holds a run',
             *(f'--out_dir=whole --init_from=resume --{flag}' for flag in (
                 'n_layer=3', 'n_experts=2', 'batch_size=8', 'seed=1', 'eval_windows=1', 'dense_warmup=.1',
-                'beta1=.5', 'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96'))],
+                'preset=0.3b -> preset=', 'ffn_hidden=64 -> ffn_hidden=96'))],
     sample: ['--start=FILE:none -> read none', '--start=FILE:data/own/val.bin -> UTF-8', '--temperature=nan',
              '--start=\udcff -> UTF-8', '--start=' + 'word,' * 100 + ' -> block_size', '--temperature=-1',
              '--device=foo', '--out_dir=nowhere -> read nowhere', '--save_dense=whole/ckpt.pt', '--top_k=x',

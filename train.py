@@ -28,10 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -49,8 +48,7 @@ PRESETS = {'': {},
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
 # What must match a checkpoint: SHAPE to start from its weights, FIXED to go on with its run.
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
-FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows', 'beta1', 'beta2',
-                        'weight_decay'}
+FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # a checkpoint's whole tensors
 
 
@@ -103,7 +101,11 @@ def main(argv=None, build=Lory):
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    say = tell if rank == 0 else lambda text: None
+
+    def say(text):
+        if rank == 0:
+            with suppress(OSError):  # nobody may be reading: Ctrl-C ends the tee in `train.py | tee`, too
+                print(text, flush=True)
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
@@ -132,7 +134,7 @@ def main(argv=None, build=Lory):
     step, losses, rows = 0, [], []  # all that a run carries, with model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
-        set_optimizer_state_dict(model, optimizer, saved['optimizer'], options=WHOLE)
+        load_averages(model, optimizer, saved['optimizer']['state'])
         if saved['scaler']:  # {} if the run was not in float16
             scaler.load_state_dict(saved['scaler'])
         say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}')
@@ -278,7 +280,7 @@ def pick_device(args):
 # --- An update. Its windows of L + 1 tokens are numbered; number n is a function of (seed, n) alone. ---
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine from learning_rate to min_lr_ratio of it at max_iters (Sec. 4.1)."""
+    """Linear warm-up, then a cosine (Sec. 4.1), from learning_rate to min_lr_ratio of it at max_iters."""
     warmup = args.warmup * args.max_iters
     if step < warmup:
         return args.learning_rate * (step + 1) / (warmup + 1)
@@ -402,12 +404,6 @@ def validation_line(figures, domains):
             f'{used} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains))
 
 
-def tell(text):
-    """Print, and go on if nobody reads: Ctrl-C ends the tee in `train.py | tee`, too."""
-    with suppress(OSError):
-        print(text, flush=True)
-
-
 def on_cuda(model, device, tok_s):
     """For the screen: useful TFLOP/s of a GPU at tok_s tokens/s (an H100 has 989), and peak memory."""
     if 'cuda' not in device:
@@ -475,6 +471,17 @@ def wrap(model, args, device, world):
     with implicit_replication():  # each rank keeps its share of what is drawn
         model.init_weights(args.seed)
     return model
+
+
+def load_averages(model, optimizer, state):
+    """Adam's averages from a checkpoint, one after another. torch's own function holds all of them twice."""
+    params = dict(model.named_parameters())
+    for name, averages in state.items():  # in the file's order, which the next file keeps
+        p = params[name]
+        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
+            if isinstance(p, DTensor) and value.dim() > 0:
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.state[p][key] = value.to(p.device, copy=True)
 
 
 if __name__ == '__main__':

@@ -14,12 +14,15 @@ first_segment=prior, strictly causal at every position, but where a group says o
 """
 import csv
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -122,7 +125,11 @@ TABLES = {  # title -> (baseline, groups compared with it)
     'Half as long, 4 layers': ('dense half 4 layers', ['e8 half 4 layers']),
     'Half as long, five languages': ('dense half languages', ['e8 half languages']),
 }
-HALVES = {'e8': 'e8 half', 'e8 T256': 'e8 half T256', 'e32': 'e32 half'}  # the same with half the steps
+LENGTHS = {  # of these models: runs of 3,000, 4,500 and 6,000 steps
+    'e8 T256': ['e8 half T256', 'e8 T256 three quarters', 'e8 T256'],
+    'e8': ['e8 half', 'e8 three quarters', 'e8'],
+    'e32': ['e32 half', 'e32 three quarters', 'e32'],
+}
 SPEEDS = {'e8': 'E=8 T=64', 'e8 T256': 'E=8', 'e32': 'E=32 T=64'}  # their variants of bench.py
 TABLE = 'runs.csv'
 
@@ -245,21 +252,22 @@ def report(rows):
 
 def report_time(rows):
     """In what share of dense's tokens and time a model ends at the final loss of dense, seed by seed. Between
-    its runs of 3,000 and of 6,000 steps, each with a schedule of its own, loss falls as a line in the
-    logarithm of the steps. Time is tokens over the median speed in bench-tries.txt."""
+    its runs of other lengths, each with a schedule of its own, loss falls as a line in the logarithm of the
+    steps. Time is tokens over the median speed in bench-tries.txt."""
     tries = defaultdict(list)  # variant -> tokens/s as a share of dense's, in each try of bench.py
     with open(f'{HERE}/bench-tries.txt', encoding='utf-8') as f:
         for line in f:
             params, tok_s, ratio, *_ = line[18:].split()  # as bench.py prints them
             tries[line[:18].strip()].append(float(ratio))
-    dense = last('dense', rows)
     print('\n| To the final loss of dense | tokens | time |\n|---|---|---|')
-    for group, half in HALVES.items():
-        whole, begun = last(group, rows), last(half, rows)
+    for group, lengths in LENGTHS.items():
         share = []
-        for seed in sorted(whole.keys() & begun.keys() & dense.keys()):
-            long, short, goal = (float(runs[seed]['val_bpb']) for runs in (whole, begun, dense))
-            share.append(0.5 * 2 ** ((short - goal) / (short - long)))
+        for seed, goal in last('dense', rows).items():
+            ends = [last(length, rows).get(seed) for length in lengths]
+            points = sorted((float(r['val_bpb']), math.log(int(r['step']))) for r in ends if r)
+            if len(points) > 1:
+                steps = math.exp(np.interp(float(goal['val_bpb']), *zip(*points)))
+                share.append(steps / int(goal['step']))
         if share:
             time = [s / statistics.median(tries[SPEEDS[group]]) for s in share]
             print(f'| {group} | {show(share, ".2f")} | {show(time, ".2f")} |')

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._dynamo.testing import CompileCounter
-from torch.distributed.checkpoint.state_dict import (get_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
@@ -103,7 +102,7 @@ def rank_of_four(rank, folder):
         saved = read_checkpoint(name)
         model.fill(saved['model'], load=partial(set_model_state_dict, options=train.WHOLE))
         sharded = model.optimizer(**ADAM)
-        set_optimizer_state_dict(model, sharded, saved['optimizer'], options=train.WHOLE)
+        train.load_averages(model, sharded, saved['optimizer']['state'])
         same(model.state_dict(), whole.state_dict())
         for p, q in zip(model.parameters(), whole.parameters()):
             assert isinstance(p, DTensor) and p.to_local().numel() < p.numel()
