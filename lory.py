@@ -99,16 +99,14 @@ class LoryConfig:
         if self.segment_len > self.block_size:
             raise UserError(f'segment_len={self.segment_len} must not exceed block_size={self.block_size}.')
         if self.n_embd % (2 * self.n_head):
-            raise UserError(f'n_embd={self.n_embd} must be a multiple of twice n_head={self.n_head}: rotary '
-                            'embeddings turn pairs of channels in each head.')
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}, for RoPE.')
 
 
 # --- The idea: route each segment by the one before it, merge the experts, run the result. ---
 
 def merge(e, theta):
     """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (S, E), (E, in, out) -> (S, in, out)"""
-    flat = e @ theta.flatten(1)  # (S, in * out)
-    return flat.view(-1, *theta.shape[1:])  # (S, in, out)
+    return (e @ theta.flatten(1)).unflatten(1, theta.shape[1:])  # (S, in * out) -> (S, in, out)
 
 
 def swiglu(x, gate, up, down):
@@ -390,8 +388,7 @@ class Lory(nn.Module):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
         if not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f'the prompt has {idx.shape[1]} tokens: give 1 to block_size='
-                            f'{self.config.block_size}.')
+            raise UserError(f'give a prompt of 1 to block_size={self.config.block_size} tokens.')
         caches = [Cache(self.config.block_size) for _ in self.blocks]
         x, routing = self.trunk(idx, caches)
         return self.head(x[:, -1]), torch.stack(routing, 1), caches

@@ -49,7 +49,8 @@ def activations(config, micro, word=2, fused=True):
     norm = 4 * D + 4 if fused else 8 * D + 4
     # Its input, qkv, q and k turned, the output twice; the softmax's sums; sines and cosines.
     attention = word * 8 * D + 4 * nh + word * 2 * D // nh
-    ffn = word * (D + 4 * H) if E > 1 else word * (2 * D + 4 * H)  # gate, silu(gate), up, their product
+    # Its input, which `checkpoint` keeps in float32; gate, silu(gate), up, their product.
+    ffn = 4 * D + word * 4 * H if E > 1 else word * (2 * D + 4 * H)
     weights = 4 * D * D + (0 if E > 1 else 3 * D * H)  # rounded by autocast. Merged weights are not kept
     block = tokens * (2 * norm + attention + ffn) + (word * weights if word < 4 else 0)
     rest = tokens * (norm + word * D + 4 * V + 8) + (word * V * D if word < 4 else 0)
