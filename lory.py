@@ -99,8 +99,8 @@ class LoryConfig:
         if self.segment_len > self.block_size:
             raise UserError(f'segment_len={self.segment_len} must not exceed block_size={self.block_size}.')
         if self.n_embd % (2 * self.n_head):
-            raise UserError(f'n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: rotary '
-                            'embeddings turn pairs of channels in each head.')
+            raise UserError(f'n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: '
+                            'rotary embeddings turn pairs of channels in each head.')
 
 
 # --- The idea: route each segment by the one before it, merge the experts, run the result. ---
