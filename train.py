@@ -427,7 +427,8 @@ def plot(out_dir, rows, domains, routing):
     for column, label in columns.items():
         points = [(row['step'], row[column]) for row in rows if column in row]
         ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', label=label)
-    ax.set(xlabel='step', ylabel='bits per byte', yscale='log')
+    first = next(row['val_bpb'] for row in rows if 'val_bpb' in row)  # training begins far above
+    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.2 * first))
     ax.legend()
     fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
