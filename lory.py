@@ -423,7 +423,7 @@ class Lory(nn.Module):
                 state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
         dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
         dense.fill(state)
-        return dense
+        return dense.train(self.training)
 
     # For a training loop.
 
@@ -515,6 +515,8 @@ def run_script(main):
     except (RuntimeError, MemoryError) as error:
         if re.search('allocate|out of memory|MemoryError', repr(error)):
             sentence = 'out of memory: use less text, a smaller model or more gradient_accumulation_steps.'
+        elif isinstance(error.__context__, OSError):  # torch.save on a full disk
+            sentence = f'{error.__context__}: check the path, the rights and the free space.'
         elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
             sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:

@@ -370,11 +370,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(capsys):
     said = ['tried to allocate 2 GiB', 'CUDA error: out of memory', 'No working C++ compiler found',
             'Failed to find C compiler.', 'else']
-    for error in (MemoryError(), *map(RuntimeError, said), OSError(28, 'No space left')):
+    torchs = RuntimeError('enforce fail')
+    torchs.__context__ = OSError(28, 'No space left')
+    for error in (MemoryError(), *map(RuntimeError, said), OSError(28, 'No space left'), torchs):
         with pytest.raises(RuntimeError if 'else' in error.args else SystemExit, match='else|2'):
             lory.run_script(mock.Mock(side_effect=error))
     assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*install gcc and g[+][+].*[.]\n){2}'
-                           '.*No space left: .*[.]\n', capsys.readouterr().err)
+                           '(.*No space left: .*[.]\n){2}', capsys.readouterr().err)
 
 
 # --- prepare.py: what it reads and holds out. ---
@@ -997,7 +999,7 @@ MISTAKES = {  # The sentence names the last flag, or says what stands after the 
               '--input list.jsonl -> line 1', '--input alike --val_fraction=.6 -> left to train on',
               '--dataset=a/b', '--dataset=..', '--tokenizer=gpt22', '--vocab_size=256', '--val_fraction=0',
               '--n_neighbors=0', '--nonsense=1'],
-    train: ['--device=gpu', '--block_size=9999999', '--shard', '--dataset=none', '--seed=-1',
+    train: ['--out_dir=', '--device=gpu', '--block_size=9999999', '--shard', '--dataset=none', '--seed=-1',
             '--dataset=builtin --n_head=5', '--gradient_accumulation_steps=2 --batch_size=3', '--beta1=1',
             '--log_interval=0', '--learning_rate=nan', '--routing=token', '--preset=7b', '--max_iter=3',
             '--compile=maybe', '--init_from=resum -> read resum', '--init_from=resume -> refused/ckpt.pt',

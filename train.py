@@ -225,7 +225,7 @@ def main(argv=None, build=Lory):
     if step < args.max_iters:
         say(f'stopped at step {step}, saved; go on with --init_from=resume --out_dir={args.out_dir}')
         return 130
-    say(f'done; now try: python sample.py --out_dir={args.out_dir}')
+    say(f'done at step {step:,}; now try: python sample.py --out_dir={args.out_dir}')
     return 0
 
 
@@ -236,6 +236,8 @@ def read_settings(argv):
     the checkpoint and the preset, then with their settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
+    if not args.out_dir:
+        raise UserError('--out_dir is empty: name a folder.')
     latest, forced = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
@@ -441,6 +443,7 @@ def plot(out_dir, rows, domains, routing):
                               extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))  # experts from 1
             ax.set(title=f'layer {layer + 1}', xlabel='expert')
             ax.set_yticks(range(len(domains)), domains)
+            ax.xaxis.get_major_locator().set_params(integer=True)
         fig.colorbar(image, ax=axes, label='mean routing weight')
         fig.savefig(f'{out_dir}/experts.png', dpi=110)
 
