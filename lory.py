@@ -436,7 +436,8 @@ class Lory(nn.Module):
 
     def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
         """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
-        router stays as it is. UserError if they do not fit, or come from another class of FFN."""
+        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts them
+        in place: under FSDP2 train.py passes another."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         own, whole = self.state_dict(), {}
