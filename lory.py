@@ -40,8 +40,9 @@ One letter, one meaning, in every shape comment:
 Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
 (In `Attention` k are keys. With E = 1 nothing is routed: N is 1.)
 
-Ours, not the paper's: the learned prior, which is the router's bias; dense warm-up by tying gradients; tied
-embeddings (all in the README). `naive_lory` in test_lory.py is this layer as a plain loop: read it first.
+Ours, not the paper's: the learned prior, which is the router's bias, also for a prompt of one token; experts
+that begin equal; dense warm-up by tying gradients; merging again in the backward pass; tied embeddings.
+`naive_lory` in test_lory.py is this layer as a plain loop: read it first.
 """
 import argparse
 import math
@@ -97,7 +98,7 @@ class LoryConfig:
             if f.type is int and value < 1:
                 raise UserError(f'{f.name}={value} must be at least 1.')
         if self.segment_len > self.block_size:
-            raise UserError(f'segment_len={self.segment_len} must not exceed block_size={self.block_size}.')
+            raise UserError(f'segment_len={self.segment_len} exceeds block_size={self.block_size}: lower it.')
         if self.n_embd % (2 * self.n_head):
             raise UserError(f'n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: '
                             'rotary embeddings turn pairs of channels in each head.')
@@ -110,10 +111,11 @@ def merge(e, theta):
     return (e @ theta.flatten(1)).unflatten(1, theta.shape[1:])  # (S, in * out) -> (S, in, out)
 
 
-def swiglu(x, gate, up, down):
-    """S FFNs (arXiv:2002.05202), each on its own segment. gate and up (S, D, H), down (S, H, D),
+def swiglu(x, gate, up, down, matmul=torch.matmul):
+    """S FFNs (arXiv:2002.05202), each on its own segment or sequence. gate and up (S, D, H), down (S, H, D),
     x (S, T, D) -> (S, T, D). One FFN, gate and up (D, H), down (H, D), serves all of x (B, L, D)."""
-    return (F.silu(x @ gate) * (x @ up)) @ down
+    inner = F.silu(matmul(x, gate)) * matmul(x, up)  # (S, T, H)
+    return matmul(inner, down)
 
 
 class LoryFFN(nn.Module):
@@ -133,16 +135,19 @@ class LoryFFN(nn.Module):
     def routing_weights(self, x):
         """softmax(router(h)), where h is the mean of a segment, or of a prompt. (..., T, D) -> (..., E)
         It is computed in the router's own dtype, even under autocast."""
-        h = x.mean(-2)  # (..., D)
+        h = x.mean(-2, dtype=self.router.weight.dtype)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
-            return self.router(h.to(self.router.weight.dtype)).softmax(-1)
+            return self.router(h).softmax(-1)
+
+    def prior(self, x):
+        """Ours: the softmax of the router's bias, which depends on no token of x (B, ...). -> (B, 1, E)"""
+        return self.router.bias.softmax(-1).expand(len(x), 1, -1)
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
         if self.first_segment == 'prior':
-            # Ours: the softmax of the router's bias, which depends on no token.
-            first = self.router.bias.softmax(-1).expand(len(x), 1, -1)  # (B, 1, E)
+            first = self.prior(x)  # (B, 1, E)
         else:
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
             # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
@@ -172,16 +177,16 @@ class LoryFFN(nn.Module):
         e = self.route(x)  # (B, N, E)
         x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
         # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
-        # pass. To try out another FFN, replace this call by that formula.
-        y = lean_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
-        return y.view(B, N * T, D)[:, :L], e
+        # pass: merged_linear(e, x, θ) is x @ merge(e, θ).
+        y = swiglu(x, self.gate, self.up, self.down, matmul=partial(merged_linear, e_flat))  # (S, T, D)
+        return y.view(B, N * T, D)[:, :L], e  # (B, L, D), (B, N, E)
 
     def route_prompt(self, x):
         """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
         that follows. It may route itself: its tokens are given, not predicted. -> (B, 1, E)"""
         if x.shape[1] == 1 and self.first_segment == 'prior':
             # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
-            return self.router.bias.softmax(-1).expand(len(x), 1, -1)
+            return self.prior(x)
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
@@ -190,13 +195,13 @@ class LoryFFN(nn.Module):
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merge_experts(cache.e[:, 0])
-        return swiglu(x, *cache.merged), cache.e
+        return swiglu(x, *cache.merged), cache.e  # here S = B and T = L
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
 
-def merged_linear(x, e, theta):
-    """x W with W = merge(e, θ). x (S, T, in), e (S, E), θ (E, in, out) -> (S, T, out)
+def merged_linear(e, x, theta):
+    """x W with W = merge(e, θ). e (S, E), x (S, T, in), θ (E, in, out) -> (S, T, out)
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
     `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). By the
@@ -204,15 +209,9 @@ def merged_linear(x, e, theta):
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
-    def product(x, e, theta):
+    def product(e, x, theta):
         return x @ merge(e, theta)
-    return checkpoint(product, x, e, theta, use_reentrant=False, preserve_rng_state=False)
-
-
-def lean_swiglu(x, e, gate, up, down):
-    """swiglu(x, merge(e, gate), merge(e, up), merge(e, down)). x (S, T, D), e (S, E) -> (S, T, D)"""
-    inner = F.silu(merged_linear(x, e, gate)) * merged_linear(x, e, up)  # (S, T, H)
-    return merged_linear(inner, e, down)  # (S, T, D)
+    return checkpoint(product, e, x, theta, use_reentrant=False, preserve_rng_state=False)
 
 
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
@@ -372,7 +371,7 @@ class Lory(nn.Module):
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # it is rounding alone, which Adam would scale up to a full step
+                p.grad.zero_()  # it is rounding alone, which Adam would scale up. (Weight decay goes on.)
 
     @torch.no_grad()
     def tie_experts(self):
@@ -388,9 +387,10 @@ class Lory(nn.Module):
     def prefill(self, idx):
         """Read prompts (B, L), 1 <= L <= block_size.
         -> logits of the next token (B, V), routing weights (B, n_layer, 1, E), one Cache per layer"""
-        if not 1 <= idx.shape[1] <= self.config.block_size:
-            raise UserError(f'give a prompt of 1 to block_size={self.config.block_size} tokens.')
-        caches = [Cache(self.config.block_size) for _ in self.blocks]
+        L, most = idx.shape[1], self.config.block_size
+        if not 1 <= L <= most:
+            raise UserError(f'the prompt has {L:,} tokens: give 1 to block_size={most}.')
+        caches = [Cache(most) for _ in self.blocks]
         x, routing = self.trunk(idx, caches)
         return self.head(x[:, -1]), torch.stack(routing, 1), caches
 
@@ -436,8 +436,8 @@ class Lory(nn.Module):
 
     def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
         """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
-        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts them
-        in place: under FSDP2 train.py passes another."""
+        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts
+        them in place."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         own, whole = self.state_dict(), {}
@@ -561,6 +561,8 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
 def read_checkpoint(path):
     """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under torchrun
     each rank maps the file instead of reading all of it, and one on each machine verifies it."""
+    if not os.path.exists(path):
+        raise UserError(f'cannot read {path}: there is no such file; check the path, or run train.py first.')
     rank = os.environ.get('LOCAL_RANK')
     with suppress(Exception):  # zipfile and torch raise many kinds
         with zipfile.ZipFile(path) as archive:
@@ -569,8 +571,7 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
         if not damaged and ckpt['format'] == FORMAT:
             return ckpt
-    raise UserError(f'cannot read {path}: it is missing, damaged, too large for main memory or no checkpoint '
-                    f'of format {FORMAT}; choose another, or run train.py.')
+    raise UserError(f'cannot read {path}: it is damaged, too large or not of format {FORMAT}; choose another.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

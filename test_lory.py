@@ -143,7 +143,7 @@ def test_layer_equals_naive_loop_in_output_and_every_gradient(how, L):
 
 
 def test_lean_merge_against_finite_differences():
-    shapes = (3, 5, 4), (3, 2), (2, 4, 6)  # x (S, T, in), e (S, E), θ (E, in, out)
+    shapes = (3, 2), (3, 5, 4), (2, 4, 6)  # e (S, E), x (S, T, in), θ (E, in, out)
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(lory.merged_linear, inputs)
 

@@ -39,7 +39,7 @@ import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, usable_device)
 
-# The paper's models and schedule (Sec. 4.1, G.3). Its 0.3B/8E, for example, is --preset=0.3b --n_experts=8.
+# Two of the paper's models, with its schedule (Sec. 4.1, G.3). Its 0.3B/8E is --preset=0.3b --n_experts=8.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {'': {},
@@ -64,7 +64,7 @@ def flags():
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates do well', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; at least 150 updates', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -186,7 +186,7 @@ def main(argv=None, build=Lory):
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
-            bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']  # bits per byte
+            bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = args.batch_size * args.block_size / seconds
             left = timedelta(seconds=round((args.max_iters - step) * seconds))
@@ -218,6 +218,7 @@ def main(argv=None, build=Lory):
                 write_log(f'{args.out_dir}/log.csv', rows)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for whoever called main
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if dist.is_initialized():
         wrapped = optimizer = None  # DDP may abort the process at exit if it outlives the process group
         gc.collect()

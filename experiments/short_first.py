@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
-from lory import Lory, LoryFFN, lean_swiglu, run_script
+from lory import Lory, LoryFFN, merged_linear, run_script, swiglu
 
 
 class ShortFirstFFN(LoryFFN):
@@ -31,12 +31,12 @@ class ShortFirstFFN(LoryFFN):
         R = math.ceil((L - T1) / T)  # segments after the first
         first = x[:, :T1]  # (B, T1, D)
         later = F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
-        prior = self.router.bias.softmax(-1).expand(B, 1, -1)  # (B, 1, E)
         second = self.routing_weights(first)[:, None]  # (B, 1, E)
-        e = torch.cat([prior, second, self.routing_weights(later[:, :-1])], 1)  # (B, 1 + R, E)
+        e = torch.cat([self.prior(x), second, self.routing_weights(later[:, :-1])], 1)  # (B, 1 + R, E)
         experts = self.gate, self.up, self.down
-        y_first = lean_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
-        y_later = lean_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)
+        y_first = swiglu(first, *experts, partial(merged_linear, e[:, 0]))  # (B, T1, D)
+        matmul = partial(merged_linear, e[:, 1:].flatten(0, 1))
+        y_later = swiglu(later.flatten(0, 1), *experts, matmul)  # (B * R, T, D)
         return torch.cat([y_first, y_later.view(B, R * T, D)[:, :L - T1]], 1), e
 
 
