@@ -186,6 +186,7 @@ def main(argv=None, build=Lory):
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
+            # Bits per byte of all that is trained on; a validation leaves out <|endoftext|>.
             bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = args.batch_size * args.block_size / seconds
@@ -201,8 +202,6 @@ def main(argv=None, build=Lory):
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             rows.append(dict(step=step, **figures))
             say(f'step {step:6d} | {validation_line(figures, windows)}')
-            if rank == 0:
-                plot(args.out_dir, rows, list(windows), routing.numpy())
 
         # --- save ---
         if validate or stop:
@@ -216,6 +215,8 @@ def main(argv=None, build=Lory):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)
+                if validate:
+                    plot(args.out_dir, rows, list(windows), routing.numpy())
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for whoever called main
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
