@@ -64,7 +64,7 @@ def flags():
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; some 150 updates are best', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; best 150 updates', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
