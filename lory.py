@@ -571,7 +571,7 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
         if not damaged and ckpt['format'] == FORMAT:
             return ckpt
-    raise UserError(f'cannot read {path}: it is damaged, too large or not of format {FORMAT}; choose another.')
+    raise UserError(f'cannot read {path}: damaged, too large or not of format {FORMAT}: choose another.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):
