@@ -113,7 +113,8 @@ def merge(e, theta):
 
 def swiglu(x, gate, up, down, matmul=torch.matmul):
     """S FFNs (arXiv:2002.05202), each on its own segment or sequence. gate and up (S, D, H), down (S, H, D),
-    x (S, T, D) -> (S, T, D). One FFN, gate and up (D, H), down (H, D), serves all of x (B, L, D)."""
+    x (S, T, D) -> (S, T, D). One FFN, gate and up (D, H), down (H, D), serves all of x (B, L, D). Another
+    `matmul` may take other weights: that of `LoryFFN.forward` takes all experts."""
     inner = F.silu(matmul(x, gate)) * matmul(x, up)  # (S, T, H)
     return matmul(inner, down)
 
