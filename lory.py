@@ -2,16 +2,14 @@
 Lory: a fully differentiable mixture-of-experts language model (Zhong et al., COLM 2024, arXiv:2405.03133).
 
 A transformer block has one feed-forward network (FFN). A mixture of experts has E of them and a *router*, a
-small linear map that says how much each expert counts. Most mixtures send a token to its best experts. That
-choice has no gradient, and without a balancing loss some experts get no tokens. Lory makes no choice. It
-averages the *weights* of all experts and runs the one averaged FFN:
+small linear map that says how much each expert counts. Most mixtures send a token to its best experts, a
+choice that has no gradient. Lory averages the *weights* of all experts and runs the one averaged FFN:
 
     merged FFN = e_1 θ_1 + ... + e_E θ_E,   e = softmax(router(h))    (Sec. 2.2; SMEAR, arXiv:2306.03745)
 
 Merging once per token would cost as much as running E FFNs, so Lory merges once per *segment* of T tokens.
-It stays autoregressive by *causal segment routing*: the mean hidden state of segment k-1 routes segment k
-(Sec. 3.1, Eq. 3). During *dense warm-up* (Sec. 4.1) all experts are kept equal, which makes the model a dense
-one. Then they are let go.
+It stays autoregressive by *causal segment routing*: the mean hidden state of segment n-1 routes segment n
+(Sec. 3.1, Eq. 3). During *dense warm-up* (Sec. 4.1) all experts are kept equal: the model is a dense one.
 
            segment 1            segment 2            segment 3
         x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T   hidden states entering the FFN  (B, N, T, D)
@@ -34,15 +32,13 @@ One letter, one meaning, in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
-    h  mean of a segment (..., D)  e  routing weights (B, N, E)              k   number of a segment: e(k)_i
+    h  mean of a segment (..., D)  e  routing weights (B, N, E)              n   a segment (paper: k): e(n)
     S  merged FFNs, B * N          W  merged weights (S, in, out)            in, out  D and H, or H and D
 
 Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
-(In `Attention` k are keys. With E = 1 nothing is routed: N is 1.)
 
-Ours, not the paper's: the learned prior, which is the router's bias, also for a prompt of one token; experts
-that begin equal; dense warm-up by tying gradients; merging again in the backward pass; tied embeddings.
-`naive_lory` in test_lory.py is this layer as a plain loop: read it first.
+Ours, not the paper's: the learned prior, which is the router's bias; dense warm-up by tying gradients; merging
+again in the backward pass; tied embeddings. `naive_lory` in test_lory.py is this layer as a plain loop.
 """
 import argparse
 import math
@@ -52,7 +48,7 @@ import sys
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 
 import torch
@@ -112,9 +108,8 @@ def merge(e, theta):
 
 
 def swiglu(x, gate, up, down, matmul=torch.matmul):
-    """S FFNs (arXiv:2002.05202), each on its own segment or sequence. gate and up (S, D, H), down (S, H, D),
-    x (S, T, D) -> (S, T, D). One FFN, gate and up (D, H), down (H, D), serves all of x (B, L, D). Another
-    `matmul` may take other weights: that of `LoryFFN.forward` takes all experts."""
+    """S FFNs (arXiv:2002.05202), each on its own segment. gate and up (S, D, H), down (S, H, D),
+    x (S, T, D) -> (S, T, D). What the weights are is up to `matmul`."""
     inner = F.silu(matmul(x, gate)) * matmul(x, up)  # (S, T, H)
     return matmul(inner, down)
 
@@ -134,14 +129,13 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """softmax(router(h)), where h is the mean of a segment, or of a prompt. (..., T, D) -> (..., E)
-        It is computed in the router's own dtype, even under autocast."""
+        """softmax(router(h)), h the mean of a segment or a prompt, in float32. (..., T, D) -> (..., E)"""
         h = x.mean(-2, dtype=self.router.weight.dtype)  # (..., D)
         with torch.autocast(h.device.type, enabled=False):
             return self.router(h).softmax(-1)
 
     def prior(self, x):
-        """Ours: the softmax of the router's bias, which depends on no token of x (B, ...). -> (B, 1, E)"""
+        """Ours: the softmax of the router's bias, which depends on no token. x (B, ...) -> (B, 1, E)"""
         return self.router.bias.softmax(-1).expand(len(x), 1, -1)
 
     def route(self, x):
@@ -153,10 +147,10 @@ class LoryFFN(nn.Module):
             # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
             # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
             first = own[:, :1].detach()  # (B, 1, E)
-        before = own[:, :-1]  # (B, N - 1, E): segment k is routed by segment k-1
+        later = own[:, :-1]  # (B, N - 1, E): segment n is routed by segment n-1
         if self.routing == 'prefix':
-            before = own[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): always by segment 1
-        return torch.cat([first, before], 1)  # (B, N, E)
+            later = own[:, :1].expand_as(later)  # prefix routing (Sec. 5.1): always by segment 1
+        return torch.cat([first, later], 1)  # (B, N, E)
 
     def merge_experts(self, e):
         """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
@@ -169,30 +163,26 @@ class LoryFFN(nn.Module):
         if cache is not None:
             return self.forward_cached(x, cache)
         B, L, D = x.shape
-        T = min(self.segment_len, L)  # a text shorter than a segment is one short segment
+        T = min(self.segment_len, L)
         N = math.ceil(L / T)
-        if N * T > L:
-            # Pad the last segment. The zeros make its mean wrong, but no segment follows for it to route.
-            x = F.pad(x, (0, 0, 0, N * T - L))  # (B, N * T, D)
-        x = x.reshape(B, N, T, D)
+        # The last segment may be padded. Zeros make its mean wrong, but no segment follows for it to route.
+        x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
         # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
         # pass: merged_linear(e, x, θ) is x @ merge(e, θ).
         y = swiglu(x, self.gate, self.up, self.down, matmul=partial(merged_linear, e_flat))  # (S, T, D)
-        return y.view(B, N * T, D)[:, :L], e  # (B, L, D), (B, N, E)
+        return y.view(B, N * T, D)[:, :L], e
 
     def route_prompt(self, x):
-        """Generation (Sec. 3.1): the mean of the prompt (B, L, D) routes once, for the prompt itself and all
-        that follows. It may route itself: its tokens are given, not predicted. -> (B, 1, E)"""
+        """Generation (Sec. 3.1): the mean of the prompt routes it and all that follows. It may route itself,
+        for its tokens are given, not predicted. (B, L, D) -> (B, 1, E)"""
         if x.shape[1] == 1 and self.first_segment == 'prior':
-            # Ours: a single token, as in an empty prompt <|endoftext|>, is nothing like the mean of a text.
-            return self.prior(x)
+            return self.prior(x)  # ours: <|endoftext|> alone is nothing like the mean of a text
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
-        """Generation: the prompt (B, L, D), then one token (B, 1, D) per call, all with the prompt's FFN.
-        -> output (B, L, D), the prompt's routing weights (B, 1, E)"""
+        """The prompt (B, L, D), then one token (B, 1, D) per call. -> the same, routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merge_experts(cache.e[:, 0])
@@ -205,8 +195,7 @@ def merged_linear(e, x, theta):
     """x W with W = merge(e, θ). e (S, E), x (S, T, in), θ (E, in, out) -> (S, T, out)
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
-    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). By the
-    chain rule of y = x W and W = Σ_i e_i θ_i, autograd then computes:
+    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B).
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
@@ -218,16 +207,15 @@ def merged_linear(e, x, theta):
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
 
 def rotation(pos, hs):
-    """Rotary position embedding (arXiv:2104.09864). At position pos, channel pair j turns by the angle
-    pos * 10000^(-2j/hs), so attention scores depend only on the distance between positions.
-    pos (L,) -> cos and sin, (L, hs/2)"""
+    """Rotary position embedding (arXiv:2104.09864): at position pos, channel pair j turns by the angle
+    pos * 10000^(-2j/hs). pos (L,) -> cos and sin, (L, hs/2)"""
     freq = 10000.0 ** (-torch.arange(0, hs, 2, device=pos.device) / hs)  # (hs/2,)
     angle = pos[:, None] * freq  # (L, hs/2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (j, j + hs/2) of x (B, nh, L, hs). cos and sin (L, hs/2) -> (B, nh, L, hs)"""
+    """Turn the pairs (j, j + hs/2) of x (B, nh, L, hs) by cos and sin (L, hs/2)."""
     a, b = x.chunk(2, -1)  # (B, nh, L, hs/2) both
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -244,7 +232,7 @@ class Cache:
         self.merged = None  # the FFN they make: gate and up (B, D, H), down (B, H, D)
 
     def remember(self, k, v):
-        """Append keys and values (B, nh, L, hs), and forget the oldest beyond `slots`. -> all that is kept"""
+        """Append keys and values (B, nh, L, hs). -> the last `slots` of each"""
         self.pos += k.shape[2]
         if self.k is not None:
             k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
@@ -291,11 +279,10 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. MyFFN may be any module that is
-    built from a config, called with (x, cache) and returns (output, routing weights). Its parameters of three
-    dimensions are taken for stacked experts (E, in, out), and what is in a submodule `router` gets no
-    gradient in dense warm-up. An `aux_loss` that it sets is added to the loss in training.
-    """
+    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module serves that is built from
+    a config, takes (x, cache) and returns (output, routing weights). Its parameters of three dimensions are
+    stacked experts (E, in, out), its submodule `router` rests in dense warm-up, and an `aux_loss` that it sets
+    is added to the loss in training."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -315,10 +302,9 @@ class Lory(nn.Module):
         parameter is drawn from (seed, name) alone, and all experts get the same numbers. So models of 1 and
         of 8 experts begin as the same function.
 
-        The router must not begin at zero, or experts and router would wait for each other for ever. A router
-        of zero gives experts equal gradients, so they stay equal. Equal experts give the router no gradient:
-        all de_i are equal, and the softmax ignores what they share. With a random router the e(k)_i differ,
-        and so do the dθ_i = Σ_k e(k)_i dW(k). The experts part, and then the router learns."""
+        The router must not begin at zero, or experts would stay equal for ever: a router of zero gives them
+        equal gradients, and equal experts give the router none, since all de_i are equal. With a random router
+        the dθ_i = Σ_n e(n)_i dW(n) differ. The experts part, and then the router learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -330,8 +316,7 @@ class Lory(nn.Module):
             p.copy_(drawn.to(p.device))
 
     def trunk(self, idx, caches=None):
-        """All but the output head. (B, L) tokens -> (B, L, D), a list of each layer's routing weights
-        (B, N, E); with caches (B, 1, E), those of the prompt"""
+        """All but the output head. Tokens (B, L) -> (B, L, D), each layer's routing weights, a list"""
         x = self.embed(idx)  # (B, L, D)
         routing, L = [], idx.shape[1]
         start = caches[0].pos if caches else 0
@@ -358,16 +343,13 @@ class Lory(nn.Module):
 
     # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
     # Here the experts exist from the start. Equal experts with equal gradients stay equal, and merge to one
-    # FFN however they are routed: the model is dense. A training loop calls the next two methods in each
-    # step of warm-up. When the calls stop, experts part: the paper's upcycling.
+    # FFN however they are routed. A training loop calls the next two methods in each step of warm-up. When
+    # the calls stop, experts part: the paper's upcycling.
 
     def tie_gradients(self):
-        """After backward, before clipping: each expert gets the mean of all their gradients, and the router's
-        gradient becomes zero.
-
-        The mean is 1/E of what a dense FFN would get, and Adam's step ignores the factor. After warm-up
-        e(k)_i is near 1/E, so gradients keep their size and Adam's averages stay valid. (The norm that is
-        clipped counts the experts √E times too small.)"""
+        """After backward, before clipping: each expert gets the mean of all their gradients, the router zero.
+        The mean is 1/E of what a dense FFN would get. Adam's step ignores the factor, and after warm-up e(n)_i
+        is near 1/E, so Adam's averages stay valid. (The norm that is clipped counts experts √E too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -377,7 +359,7 @@ class Lory(nn.Module):
     @torch.no_grad()
     def tie_experts(self):
         """After the step: copy the first expert over the others. Fused AdamW rounds the last few elements of
-        a tensor differently, so equal experts would drift apart by 1e-8."""
+        a tensor differently, by 1e-8."""
         for p in self.parameters():
             if p.dim() == 3:
                 p.copy_(p[:1].clone())
@@ -402,9 +384,8 @@ class Lory(nn.Module):
         return self.head(x[:, -1])
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
-        """Continue prompts (B, L) of equal length; yields the next tokens (B,), max_new_tokens times.
-        temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Prompts of different lengths need a
-        call each: padding would be averaged into the mean that routes."""
+        """Continue prompts (B, L) of equal length, since padding would count in the mean that routes. Yields
+        the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
         logits, _, caches = self.prefill(idx)
         for _ in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
@@ -416,16 +397,6 @@ class Lory(nn.Module):
         new = [token[:, None] for token in self.stream(idx, max_new_tokens, **how)]
         return torch.cat([idx[:, :0], *new], 1)
 
-    def specialize(self, idx):
-        """The dense model (n_experts=1) that this one is after reading the prompt (1, L)."""
-        state = self.state_dict()
-        for layer, cache in enumerate(self.prefill(idx)[2]):
-            for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
-                state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
-        dense = Lory(replace(self.config, n_experts=1)).to(self.embed.weight)
-        dense.fill(state)
-        return dense.train(self.training)
-
     # For a training loop.
 
     def optimizer(self, lr, weight_decay, betas):
@@ -436,9 +407,8 @@ class Lory(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
     def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
-        """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
-        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts
-        them in place."""
+        """Take the weights (and buffers) of a state dict, by means of `load`. Those of a dense model fill every
+        expert, and the router stays as it is. UserError if they do not fit, or come from another FFN."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         own, whole = self.state_dict(), {}
@@ -458,13 +428,6 @@ class Lory(nn.Module):
             return sum(p.numel() for p in self.parameters())
         bare = [p for name, p in self.named_parameters() if '.router.' not in name]
         return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
-
-    def flops_per_token(self, L):
-        """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
-        recomputation do not count as useful work."""
-        lookup = 0 if self.config.tie_embeddings else self.embed.weight.numel()
-        attention = len(self.blocks) * self.config.n_embd * L  # causal scores and sums
-        return 6 * (self.num_params(active=True) - lookup + attention)
 
 
 def draw(logits, temperature, top_k, top_p):
@@ -519,8 +482,6 @@ def run_script(main):
             sentence = 'out of memory: use less text, a smaller model or more gradient_accumulation_steps.'
         elif isinstance(error.__context__, OSError):  # torch.save on a full disk
             sentence = f'{error.__context__}: check the path, the rights and the free space.'
-        elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
-            sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
             raise
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)
@@ -552,16 +513,16 @@ FORMAT = 2  # of checkpoints
 
 
 def save_checkpoint(path, model, tokenizer, weights=None, **rest):
-    """Write a Lory, its tokenizer (the content of tokenizer.json) and the plain values in `rest` to path,
-    atomically. `weights` is its state dict, if the caller has it already."""
+    """Write a Lory, its tokenizer (the content of tokenizer.json) and the plain values in `rest`, atomically.
+    `weights` is its state dict, if the caller has it already."""
     rest |= dict(format=FORMAT, layer=model.ffn_name, config=asdict(model.config), tokenizer=tokenizer)
     with atomic_open(path) as f:
         torch.save(dict(rest, model=weights or model.state_dict()), f)
 
 
 def read_checkpoint(path):
-    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format. Under torchrun
-    each rank maps the file instead of reading all of it, and one on each machine verifies it."""
+    """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format.
+    Under torchrun each rank maps the file instead of reading it, and one on each machine verifies it."""
     if not os.path.exists(path):
         raise UserError(f'cannot read {path}: there is no such file; check the path, or run train.py first.')
     rank = os.environ.get('LOCAL_RANK')

@@ -12,6 +12,7 @@ import codecs
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -61,6 +62,17 @@ def show_routing(e):
     print()
 
 
+def specialize(model, prompt):
+    """The dense model (n_experts=1) that a Lory is after reading the prompt (1, L), in eval mode."""
+    state = model.state_dict()
+    for layer, cache in enumerate(model.prefill(prompt)[2]):
+        for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
+            state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
+    dense = Lory(replace(model.config, n_experts=1)).to(model.embed.weight)  # its device and dtype
+    dense.fill(state)
+    return dense.eval()
+
+
 def main(argv=None, build=Lory):
     """`build` makes the model from its config: partial(Lory, ffn=MyFFN) for an FFN of your own."""
     args = flags().parse_args(argv)
@@ -76,7 +88,7 @@ def main(argv=None, build=Lory):
     if args.show_routing:
         show_routing(routing[0, :, -1])
     if args.save_dense:
-        save_checkpoint(args.save_dense, model.specialize(prompt), ckpt['tokenizer'])
+        save_checkpoint(args.save_dense, specialize(model, prompt), ckpt['tokenizer'])
         print(f'dense model written; now try: python sample.py --checkpoint={args.save_dense}\n')
 
     torch.manual_seed(args.seed)

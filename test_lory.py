@@ -288,7 +288,7 @@ def test_generation_is_one_merge_by_the_prompts_mean(n_layer, block_size, P, fir
     means = [x.mean(1) for x in entered]  # (B, D), one for each layer
     decoded = [logits] + [model.decode(idx[:, t], caches) for t in range(P, 30)]
     for b in range(2):
-        dense = model.specialize(idx[b:b + 1, :P])
+        dense = sample.specialize(model, idx[b:b + 1, :P])
         for i, (block, merged) in enumerate(zip(model.blocks, dense.blocks)):
             by_prior = P == 1 and first_segment == 'prior'
             e = (block.ffn.router.bias if by_prior else block.ffn.router(means[i][b])).softmax(0)
@@ -368,15 +368,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_known_error_of_torch_is_a_sentence_and_no_other_is_hidden(capsys):
-    said = ['tried to allocate 2 GiB', 'CUDA error: out of memory', 'No working C++ compiler found',
-            'Failed to find C compiler.', 'else']
+    said = ['tried to allocate 2 GiB', 'CUDA error: out of memory', 'else']
     torchs = RuntimeError('enforce fail')
     torchs.__context__ = OSError(28, 'No space left')
     for error in (MemoryError(), *map(RuntimeError, said), OSError(28, 'No space left'), torchs):
         with pytest.raises(RuntimeError if 'else' in error.args else SystemExit, match='else|2'):
             lory.run_script(mock.Mock(side_effect=error))
-    assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*install gcc and g[+][+].*[.]\n){2}'
-                           '(.*No space left: .*[.]\n){2}', capsys.readouterr().err)
+    assert regex.fullmatch('(.*: out of memory: .*[.]\n){3}(.*No space left: .*[.]\n){2}',
+                           capsys.readouterr().err)
 
 
 # --- prepare.py: what it reads and holds out. ---
@@ -860,7 +859,7 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
     """A specialized model is trained on as it is, or as the seed of equal experts; experts that have parted
     are not tied again."""
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
-    save_checkpoint(run_home / 'bare/ckpt.pt', model.specialize(torch.arange(9)[None]), ckpt['tokenizer'])
+    save_checkpoint(run_home / 'bare/ckpt.pt', sample.specialize(model, torch.arange(9)[None]), ckpt['tokenizer'])
     flags = ['--dataset=own', '--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
     for start, n_experts, tied_until in (('whole', 4, 0), ('bare', 1, 0), ('bare', 4, 5)):
         run(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',

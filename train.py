@@ -18,7 +18,6 @@ import platform
 import signal
 import statistics
 import time
-from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -101,11 +100,7 @@ def main(argv=None, build=Lory):
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-
-    def say(text):
-        if rank == 0:
-            with suppress(OSError):  # nobody may be reading: Ctrl-C ends the tee in `train.py | tee`, too
-                print(text, flush=True)
+    say = print if rank == 0 else lambda text: None
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
@@ -146,7 +141,7 @@ def main(argv=None, build=Lory):
         f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}, dense until step {tied_until}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    signals, stop = catch_signals(rank), False
+    signals, stop = catch_signals(), False
     times = []  # seconds that each update took
 
     while step < args.max_iters and not stop:
@@ -191,17 +186,20 @@ def main(argv=None, build=Lory):
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = args.batch_size * args.block_size / seconds
             left = timedelta(seconds=round((args.max_iters - step) * seconds))
+            memory = f'{torch.cuda.max_memory_allocated() / 1e9:.1f} GB | ' if 'cuda' in device else ''
             rows.append(dict(step=step, loss=mean, bpb=bpb, lr=lr, norm=norm, ms=1000 * seconds, tok_s=tok_s))
             say(f'step {step:6d} | loss {mean:.4f}, {bpb:.3f} bpb | lr {lr:.2e} | norm {norm:5.2f} | '
-                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {on_cuda(model, device, tok_s / world)}'
-                f'{left} left')
+                f'{1000 * seconds:6.0f} ms | {tok_s:8,.0f} tok/s | {memory}{left} left')
 
         # --- validate ---
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             rows.append(dict(step=step, **figures))
-            say(f'step {step:6d} | {validation_line(figures, windows)}')
+            used = f' | experts in use {figures["experts"]:.0%}' if 'experts' in figures else ''
+            say(f'step {step:6d} | validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} '
+                f'after segment 1{used} | '
+                + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in windows))
 
         # --- save ---
         if validate or stop:
@@ -238,8 +236,6 @@ def read_settings(argv):
     the checkpoint and the preset, then with their settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
-    if not args.out_dir:
-        raise UserError('--out_dir is empty: name a folder.')
     latest, forced = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
@@ -318,16 +314,13 @@ def to_xy(windows, device):
     return xy[:, :-1], xy[:, 1:]
 
 
-def catch_signals(rank):
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. The same again: KeyboardInterrupt."""
+def catch_signals():
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to save and end. The same again just ends it."""
     signals = []
 
     def note(which, frame):
         signals.append(which)
         signal.signal(which, signal.default_int_handler)
-        if rank == 0:
-            with suppress(OSError):  # nobody may be reading. And print is unsafe in a handler
-                os.write(2, b'\nstopping after this step, to save; once more stops without\n')
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
     return signals
@@ -362,11 +355,10 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
+    """Every rank evaluates all windows, so no figure is exchanged.
     -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
        ("later"), the domains' means, and unless tied the share of experts with a weight above 2/E (App. G.1)
-    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E). These and that share leave out segment 1,
-       unless it is the only one."""
+    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), after segment 1, too"""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
@@ -399,22 +391,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     return means | figures, routing.cpu()
 
 
-# --- What a run shows and leaves behind, beside its checkpoints. ---
-
-def validation_line(figures, domains):
-    """What `evaluate` found, as the screen shows it."""
-    used = f' | experts in use {100 * figures["experts"]:.0f}%' if 'experts' in figures else ''
-    return (f'validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} after segment 1'
-            f'{used} | ' + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in domains))
-
-
-def on_cuda(model, device, tok_s):
-    """For the screen: useful TFLOP/s of a GPU at tok_s tokens/s (an H100 has 989), and peak memory."""
-    if 'cuda' not in device:
-        return ''
-    tera = tok_s * model.flops_per_token(model.config.block_size) / 1e12
-    return f'{tera:.0f} TFLOP/s | {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB | '
-
+# --- What a run leaves behind, beside its checkpoints. ---
 
 def write_log(path, rows):
     with atomic_open(path, 'w', newline='', encoding='utf-8') as f:
@@ -431,23 +408,22 @@ def plot(out_dir, rows, domains, routing):
     for column, label in columns.items():
         points = [(row['step'], row[column]) for row in rows if column in row]
         ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', label=label)
-    first = next(row['val_bpb'] for row in rows if 'val_bpb' in row)  # training begins far above
-    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.2 * first))
+    ax.set(xlabel='step', ylabel='bits per byte')
     ax.legend()
     fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
     n_layer, E = routing.shape[1:]
-    if 'experts' in rows[-1] or E == 2:  # while experts are tied the router learns nothing, see `evaluate`
-        fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
-        axes = fig.subplots(1, n_layer, squeeze=False)[0]
-        for layer, ax in enumerate(axes):
-            image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
-                              extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))  # experts from 1
-            ax.set(title=f'layer {layer + 1}', xlabel='expert')
-            ax.set_yticks(range(len(domains)), domains)
-            ax.xaxis.get_major_locator().set_params(integer=True)
-        fig.colorbar(image, ax=axes, label='mean routing weight')
-        fig.savefig(f'{out_dir}/experts.png', dpi=110)
+    if 'experts' not in rows[-1] and E != 2:  # dense, or still tied: see `evaluate`
+        return
+    fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
+    for layer, ax in enumerate(fig.subplots(1, n_layer, squeeze=False)[0]):
+        image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
+                          extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))  # experts from 1
+        ax.set(title=f'layer {layer + 1}', xlabel='expert')
+        ax.set_yticks(range(len(domains)), domains)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    fig.colorbar(image, ax=fig.axes, label='mean routing weight')
+    fig.savefig(f'{out_dir}/experts.png', dpi=110)
 
 
 # --- Model and optimiser, alone or among many ranks. ---

@@ -146,6 +146,14 @@ def products(subject, steps=5):
     return times
 
 
+def flops_per_token(model, L):
+    """FLOPs of a training step per token: two for a multiply-add, six with the backward pass. Merging and
+    recomputation do not count as useful work."""
+    lookup = 0 if model.config.tie_embeddings else model.embed.weight.numel()
+    attention = model.config.n_layer * model.config.n_embd * L  # causal scores and sums
+    return 6 * (model.num_params(active=True) - lookup + attention)
+
+
 def merging(model, L):
     """FLOPs that merging adds to a training step, per token: E/T of the FFN's (App. B)."""
     E, T = model.config.n_experts, min(model.config.segment_len, L)
@@ -173,11 +181,11 @@ def measure(names, config, batch, device, dtype, rounds, compiled):
         ratios = [sum(d) / t for d, t in zip(dense.times, total)]  # round by round, then the median
         quartiles = statistics.quantiles(ratios, n=4)
         parts = [statistics.median(t) * 1000 for t in zip(*subject.times)]
-        flops = subject.model.flops_per_token(L)
+        flops = flops_per_token(subject.model, L)
         speed = batch * L / statistics.median(total)
         rows.append(dict(variant=subject.name, params=subject.model.num_params(), tok_s=speed,
                          ratio=statistics.median(ratios), ratio_q1=quartiles[0], ratio_q3=quartiles[2],
-                         bound=dense.model.flops_per_token(L) / (flops + merging(subject.model, L)),
+                         bound=flops_per_token(dense.model, L) / (flops + merging(subject.model, L)),
                          forward_ms=parts[0], backward_ms=parts[1], optimizer_ms=parts[2],
                          flops_per_token=flops, utilization=peak and speed * flops / peak))
     for subject, row in zip(subjects, rows):  # last, for dense's times must stay as they are

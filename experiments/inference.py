@@ -28,6 +28,7 @@ sys.path.insert(0, os.path.dirname(HERE))
 import prepare
 from lory import Lory, add_flag, atomic_open, load_checkpoint, make_parser, run_script
 from reroute import ReroutedFFN
+from sample import specialize
 from train import evaluate, validation_windows
 
 PROMPTS, AFTER = (1, 16, 64, 256, 512), 256
@@ -118,9 +119,9 @@ def specialized(dense, model, data, token_bytes):
         for first in docs[100:900:100]:  # eight texts of 1024 tokens
             start = data.train.start[first]
             prompt = torch.from_numpy(data.train.tokens[start:start + 1024].astype(np.int64))[None]
-            each.append(by_domain(model.specialize(prompt)))
+            each.append(by_domain(specialize(model, prompt)))
         experts[f'of {domain}'] = {d: statistics.mean(bpb[d] for bpb in each) for d in windows}
-    uniform = model.specialize(prompt)
+    uniform = specialize(model, prompt)
     uniform.fill({name: p.mean(0, keepdim=True) if p.dim() == 3 else p
                   for name, p in model.state_dict().items()})
     experts |= {'uniform': by_domain(uniform), 'all, routed': by_domain(model), 'dense run': by_domain(dense)}

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from lory import UserError, add_flag, load_checkpoint, make_parser, run_script
 from prepare import EOT, encode, load_tokenizer
-from sample import read_prompt
+from sample import read_prompt, specialize
 
 try:
     from safetensors import SafetensorError
@@ -116,7 +116,7 @@ def main(argv=None):
         text = read_prompt(args.start)
         if not text:
             raise UserError('the experts are merged by a prompt: give one with --start, or FILE:path.')
-        model = model.specialize(torch.tensor([[encoding.eot_token] + encode(encoding, text)]))  # (1, L)
+        model = specialize(model, torch.tensor([[encoding.eot_token] + encode(encoding, text)]))  # (1, L)
     try:
         to_llama(model, encoding.eot_token).save_pretrained(args.out)
         to_tokenizer(ckpt['tokenizer'], model.config.block_size).save_pretrained(args.out)
