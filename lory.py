@@ -129,9 +129,9 @@ class LoryFFN(nn.Module):
         self.router = nn.Linear(D, E) if E > 1 else None
 
     def routing_weights(self, x):
-        """softmax(router(h)), h the mean of a segment or a prompt, in float32. (..., T, D) -> (..., E)"""
+        """softmax(router(h)), where h is the mean of a segment or a prompt. (..., T, D) -> (..., E)"""
         h = x.mean(-2, dtype=self.router.weight.dtype)  # (..., D)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):  # in float32
             return self.router(h).softmax(-1)
 
     def prior(self, x):
@@ -195,7 +195,8 @@ def merged_linear(e, x, theta):
     """x W with W = merge(e, θ). e (S, E), x (S, T, in), θ (E, in, out) -> (S, T, out)
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
-    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B).
+    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). From
+    y = x W and W = Σ_i e_i θ_i autograd then computes:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
