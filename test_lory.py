@@ -105,13 +105,13 @@ def naive_lory(ffn, x):
     rows = []
     for sequence in x:  # (L, D)
         segments = sequence.split(ffn.segment_len)  # of T tokens each; the last one may be shorter
-        for k, segment in enumerate(segments):  # (T, D)
+        for n, segment in enumerate(segments):  # (T, D)
             # What routes a segment? Not itself, for then a token would depend on those that follow it. The
             # one before does (causal segment routing, Sec. 3.1), or always the first (prefix routing, Sec.
             # 5.1). The first has none before it. The router's bias alone routes it, or, in the paper, its
             # own mean, with the gradient stopped.
-            if k > 0:
-                before = segments[k - 1] if ffn.routing == 'causal' else segments[0]
+            if n > 0:
+                before = segments[n - 1] if ffn.routing == 'causal' else segments[0]
                 logits = ffn.router.weight @ (sum(before) / len(before)) + ffn.router.bias  # (E,)
             elif ffn.first_segment == 'self':
                 logits = (ffn.router.weight @ (sum(segment) / len(segment)) + ffn.router.bias).detach()
