@@ -11,18 +11,18 @@ Merging once per token would cost as much as running E FFNs, so Lory merges once
 It stays autoregressive by *causal segment routing*: the mean hidden state of segment n-1 routes segment n
 (Sec. 3.1, Eq. 3). During *dense warm-up* (Sec. 4.1) all experts are kept equal: the model is a dense one.
 
-           segment 1            segment 2            segment 3
-        x_1  ...  x_T       x_T+1 ... x_2T      x_2T+1 ... x_3T   hidden states entering the FFN  (B, N, T, D)
-              |                    |                    |
-            mean                 mean            (routes nothing) h, one summary per segment      (B, N, D)
-              |                    |
-            router               router                           softmax                         (B, N, E)
-              `---------.          `---------.
-  prior or own mean     |                    |                    shifted by one segment
-         |              |                    |
-       e(1)           e(2)                 e(3)                   routing weights                 (B, N, E)
-         |              |                    |
-   FFN Σ e(1)_i θ_i  FFN Σ e(2)_i θ_i   FFN Σ e(3)_i θ_i          one merged FFN per segment
+                 segment 1            segment 2            segment 3
+               x_1  ...  x_T       x_T+1 ... x_2T     x_2T+1 ... x_3T    entering the FFN        (B, N, T, D)
+                     |                    |                   |
+                   mean                 mean           (routes nothing)  h, one for each segment (B, N, D)
+                     |                    |
+                   router               router                           softmax                 (B, N, E)
+    prior or         `---------.          `---------.
+    own mean                   |                    |                    shifted by one segment
+        |                      |                    |
+      e(1)                   e(2)                 e(3)                   routing weights         (B, N, E)
+        |                      |                    |
+  FFN Σ e(1)_i θ_i     FFN Σ e(2)_i θ_i     FFN Σ e(3)_i θ_i             one merged FFN per segment
 
 Nothing comes before segment 1. A learned prior routes it or, as in the paper, its own mean (`LoryFFN.route`).
 
@@ -33,12 +33,13 @@ One letter, one meaning, in every shape comment:
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
     h  mean of a segment (..., D)  e  routing weights (B, N, E)              n   a segment (paper: k): e(n)
-    S  merged FFNs, B * N          W  merged weights (S, in, out)            in, out  D and H, or H and D
+    S  FFNs merged at once         W  merged weights (S, in, out)            in, out  D and H, or H and D
 
 Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
 
-Ours, not the paper's: the learned prior, which is the router's bias; dense warm-up by tying gradients; merging
-again in the backward pass; tied embeddings. `naive_lory` in test_lory.py is this layer as a plain loop.
+Ours, not the paper's: the learned prior, which is the router's bias; experts that begin equal, and dense
+warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has all that
+differs.) `naive_lory` in test_lory.py is this layer as a plain loop.
 """
 import argparse
 import math
@@ -107,11 +108,11 @@ def merge(e, theta):
     return (e @ theta.flatten(1)).unflatten(1, theta.shape[1:])  # (S, in * out) -> (S, in, out)
 
 
-def swiglu(x, gate, up, down, matmul=torch.matmul):
-    """S FFNs (arXiv:2002.05202), each on its own segment. gate and up (S, D, H), down (S, H, D),
-    x (S, T, D) -> (S, T, D). What the weights are is up to `matmul`."""
-    inner = F.silu(matmul(x, gate)) * matmul(x, up)  # (S, T, H)
-    return matmul(inner, down)
+def swiglu(x, gate, up, down):
+    """S FFNs (arXiv:2002.05202), each on its own segment: gate and up (S, D, H), down (S, H, D), x (S, T, D)
+    -> (S, T, D). Or one FFN, gate and up (D, H), down (H, D), on any x (..., D)."""
+    inner = F.silu(x @ gate) * (x @ up)  # (S, T, H)
+    return inner @ down
 
 
 class LoryFFN(nn.Module):
@@ -131,7 +132,7 @@ class LoryFFN(nn.Module):
     def routing_weights(self, x):
         """softmax(router(h)), where h is the mean of a segment or a prompt. (..., T, D) -> (..., E)"""
         h = x.mean(-2, dtype=self.router.weight.dtype)  # (..., D)
-        with torch.autocast(h.device.type, enabled=False):  # in float32
+        with torch.autocast(h.device.type, enabled=False):  # float32, even where matmuls are bfloat16
             return self.router(h).softmax(-1)
 
     def prior(self, x):
@@ -157,7 +158,7 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, E) of a prompt"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), N = 1 if dense or cached"""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -169,9 +170,9 @@ class LoryFFN(nn.Module):
         x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
-        # This is y = swiglu(x, *self.merge_experts(e_flat)), but merged weights are not kept for the backward
-        # pass: merged_linear(e, x, θ) is x @ merge(e, θ).
-        y = swiglu(x, self.gate, self.up, self.down, matmul=partial(merged_linear, e_flat))  # (S, T, D)
+        # The same as swiglu(x, *self.merge_experts(e_flat)), but it merges again in the backward pass instead
+        # of keeping the merged weights.
+        y = merged_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
         return y.view(B, N * T, D)[:, :L], e
 
     def route_prompt(self, x):
@@ -182,17 +183,18 @@ class LoryFFN(nn.Module):
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
-        """The prompt (B, L, D), then one token (B, 1, D) per call. -> the same, routing weights (B, 1, E)"""
+        """The prompt (B, L, D), then one token (B, 1, D) per call. -> output of the same shape, the prompt's
+        routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
-            cache.merged = self.merge_experts(cache.e[:, 0])
-        return swiglu(x, *cache.merged), cache.e  # here S = B and T = L
+            cache.merged = self.merge_experts(cache.e[:, 0])  # from (B, E): one FFN per sequence
+        return swiglu(x, *cache.merged), cache.e
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
 
-def merged_linear(e, x, theta):
-    """x W with W = merge(e, θ). e (S, E), x (S, T, in), θ (E, in, out) -> (S, T, out)
+def merged_linear(x, e, theta):
+    """x W with W = merge(e, θ). x (S, T, in), e (S, E), θ (E, in, out) -> (S, T, out)
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
     `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). From
@@ -200,9 +202,15 @@ def merged_linear(e, x, theta):
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
-    def product(e, x, theta):
+    def product(x, e, theta):
         return x @ merge(e, theta)
-    return checkpoint(product, e, x, theta, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(product, x, e, theta, use_reentrant=False, preserve_rng_state=False)
+
+
+def merged_swiglu(x, e, gate, up, down):
+    """`swiglu` of x (S, T, D) by the FFNs that e (S, E) merges from gate and up (E, D, H), down (E, H, D)."""
+    inner = F.silu(merged_linear(x, e, gate)) * merged_linear(x, e, up)  # (S, T, H)
+    return merged_linear(inner, e, down)  # (S, T, D)
 
 
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
@@ -280,10 +288,10 @@ class Lory(nn.Module):
     """The language model: `logits, loss = model(idx, targets)`. LoryConfig(n_experts=1) is the dense model.
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
-    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module serves that is built from
-    a config, takes (x, cache) and returns (output, routing weights). Its parameters of three dimensions are
-    stacked experts (E, in, out), its submodule `router` rests in dense warm-up, and an `aux_loss` that it sets
-    is added to the loss in training."""
+    LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
+    a config, takes (x, cache) and returns (output, routing weights). Its parameters begin as `init_weights`
+    says, those of three dimensions as stacked experts (E, in, out). Its submodule `router` gets no gradient
+    in dense warm-up, and an `aux_loss` that it sets is added to the loss in training."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -303,9 +311,9 @@ class Lory(nn.Module):
         parameter is drawn from (seed, name) alone, and all experts get the same numbers. So models of 1 and
         of 8 experts begin as the same function.
 
-        The router must not begin at zero, or experts would stay equal for ever: a router of zero gives them
-        equal gradients, and equal experts give the router none, since all de_i are equal. With a random router
-        the dθ_i = Σ_n e(n)_i dW(n) differ. The experts part, and then the router learns."""
+        The router must not begin at zero, or experts would stay equal for ever. A router of zero gives them
+        equal gradients. Equal experts give the router none: all de_i are equal, and the softmax ignores what
+        they share. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -317,7 +325,8 @@ class Lory(nn.Module):
             p.copy_(drawn.to(p.device))
 
     def trunk(self, idx, caches=None):
-        """All but the output head. Tokens (B, L) -> (B, L, D), each layer's routing weights, a list"""
+        """All but the output head. Tokens (B, L) -> (B, L, D), a list of routing weights (B, N, E), one for
+        each layer"""
         x = self.embed(idx)  # (B, L, D)
         routing, L = [], idx.shape[1]
         start = caches[0].pos if caches else 0
@@ -348,19 +357,20 @@ class Lory(nn.Module):
     # the calls stop, experts part: the paper's upcycling.
 
     def tie_gradients(self):
-        """After backward, before clipping: each expert gets the mean of all their gradients, the router zero.
-        The mean is 1/E of what a dense FFN would get. Adam's step ignores the factor, and after warm-up e(n)_i
-        is near 1/E, so Adam's averages stay valid. (The norm that is clipped counts experts √E too small.)"""
+        """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
+        router's becomes zero. The mean is 1/E of a dense FFN's gradient. Adam's step ignores the factor, and
+        after warm-up e(n)_i is near 1/E, so Adam's averages stay valid. (In the norm that is clipped, experts
+        count a factor √E too little.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # it is rounding alone, which Adam would scale up. (Weight decay goes on.)
+                p.grad.zero_()  # equal experts give it rounding alone, which Adam would scale up
 
     @torch.no_grad()
     def tie_experts(self):
         """After the step: copy the first expert over the others. Fused AdamW rounds the last few elements of
-        a tensor differently, by 1e-8."""
+        a tensor differently, so experts would drift 1e-8 apart."""
         for p in self.parameters():
             if p.dim() == 3:
                 p.copy_(p[:1].clone())
@@ -408,16 +418,17 @@ class Lory(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
     def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
-        """Take the weights (and buffers) of a state dict, by means of `load`. Those of a dense model fill every
-        expert, and the router stays as it is. UserError if they do not fit, or come from another FFN."""
+        """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
+        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts
+        them in place, under FSDP2 in a way of train.py's."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
-        own, whole = self.state_dict(), {}
-        for name in own | state:
-            if '.router.' in name and not (name in own and name in state):
+        mine, whole = self.state_dict(), {}
+        for name in mine | state:
+            if '.router.' in name and not (name in mine and name in state):
                 continue  # one of the two is dense and has no router
             try:
-                whole[name] = state[name].expand(own[name].shape)  # (1, in, out) fills (E, in, out)
+                whole[name] = state[name].expand(mine[name].shape)  # (1, in, out) fills (E, in, out)
             except (KeyError, RuntimeError) as error:
                 raise UserError(f'{name} is missing or does not fit: give the model the n_layer, n_experts '
                                 'and sizes of these weights.') from error
@@ -439,7 +450,7 @@ def draw(logits, temperature, top_k, top_p):
     if top_k > 0:
         share = share[:, :top_k]  # (B, top_k), the likeliest
     share = share / share.sum(-1, keepdim=True)
-    share = share * (share.cumsum(-1) - share <= top_p)  # keeps a token if likelier ones hold at most top_p
+    share = share * (share.cumsum(-1) - share <= top_p)  # keep a token while likelier ones hold at most top_p
     return token.gather(-1, torch.multinomial(share, 1))[:, 0]
 
 
@@ -483,6 +494,8 @@ def run_script(main):
             sentence = 'out of memory: use less text, a smaller model or more gradient_accumulation_steps.'
         elif isinstance(error.__context__, OSError):  # torch.save on a full disk
             sentence = f'{error.__context__}: check the path, the rights and the free space.'
+        elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
+            sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
             raise
     print(f'{os.path.basename(sys.argv[0])}: {sentence}', file=sys.stderr)

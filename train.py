@@ -3,11 +3,12 @@ Train a Lory, or its dense baseline.
 
     python train.py                                    on the built-in corpus, prepared if missing
     python train.py --n_experts=1 --out_dir=out-dense  the dense model of equal active size
-    python train.py --init_from=resume                 go on where the last run stopped
+    python train.py --init_from=resume                 go on where the run in out/ stopped
     torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
-A run leaves in out_dir: ckpt.pt (latest), best.pt (best validation), log.csv, loss.png, experts.png (Fig. 6).
-Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on a CPU bit for bit.
+A run leaves in out_dir: ckpt.pt (latest), best.pt (best validation), log.csv, loss.png and, once experts are
+free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on a
+CPU bit for bit.
 """
 import csv
 import ctypes
@@ -18,6 +19,7 @@ import platform
 import signal
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -63,7 +65,7 @@ def flags():
     flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; best 150 updates', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates do', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -100,16 +102,21 @@ def main(argv=None, build=Lory):
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
-    say = print if rank == 0 else lambda text: None
+
+    def say(text):
+        if rank == 0:
+            with suppress(OSError):  # nobody may be reading: Ctrl-C ends the tee in `train.py | tee`, too
+                print(text)
 
     # --- data ---
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
+        say('preparing the built-in corpus, for about a minute')
         prepare.main([])
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
     if args.init_from == 'resume' and saved.get('data') != data.meta['sha256']:
-        raise UserError(f'no run on data/{args.dataset} made the checkpoint: prepare that text as before.')
+        raise UserError(f'the run was not on this data/{args.dataset}: prepare that text as before.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
@@ -126,7 +133,7 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # all that a run carries, with model, optimizer, scaler and tied_until
+    step, losses, rows = 0, [], []  # all that a run carries, beside model, optimizer, scaler and tied_until
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_averages(model, optimizer, saved['optimizer']['state'])
@@ -141,7 +148,7 @@ def main(argv=None, build=Lory):
         f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}, dense until step {tied_until}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    signals, stop = catch_signals(), False
+    signals, stop = catch_signals(rank), False
     times = []  # seconds that each update took
 
     while step < args.max_iters and not stop:
@@ -172,7 +179,8 @@ def main(argv=None, build=Lory):
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        if not math.isfinite(loss if scaler.is_enabled() else loss + norm):  # a scaler skips a bad gradient
+        # In float16 the scaler finds gradients that overflow, and skips the step.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
                             '--learning_rate, with --init_from=resume if there is a checkpoint.')
         losses.append(loss)
@@ -197,9 +205,9 @@ def main(argv=None, build=Lory):
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
             rows.append(dict(step=step, **figures))
             used = f' | experts in use {figures["experts"]:.0%}' if 'experts' in figures else ''
-            say(f'step {step:6d} | validation {figures["val_bpb"]:.4f} bits per byte, {figures["later_bpb"]:.4f} '
-                f'after segment 1{used} | '
-                + ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in windows))
+            domains = ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in windows)
+            say(f'step {step:6d} | validation {figures["val_bpb"]:.4f} bits per byte, '
+                f'{figures["later_bpb"]:.4f} after segment 1{used} | {domains}')
 
         # --- save ---
         if validate or stop:
@@ -207,8 +215,8 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: after a crash in between, a resumed run writes both again. It is judged after
-                # segment 1, because with first_segment=self that segment sees ahead.
+                # best.pt first: a crash between the two leaves an older ckpt.pt, from which both are made
+                # again. It is judged after segment 1, because with first_segment=self that one sees ahead.
                 if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
@@ -236,6 +244,8 @@ def read_settings(argv):
     the checkpoint and the preset, then with their settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
+    if not args.out_dir:
+        raise UserError('--out_dir is empty: name a folder.')
     latest, forced = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
@@ -266,7 +276,7 @@ def pick_device(args):
         torch.cuda.set_device(device)
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bfloat16 = torch.cpu.get_capabilities().get('avx512_bf16')
+        has_bfloat16 = device == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16')
     if dtype == 'auto':
         dtype = 'bfloat16' if has_bfloat16 else 'float32'
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
@@ -314,13 +324,16 @@ def to_xy(windows, device):
     return xy[:, :-1], xy[:, 1:]
 
 
-def catch_signals():
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to save and end. The same again just ends it."""
+def catch_signals(rank):
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. The same again: KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
         signals.append(which)
         signal.signal(which, signal.default_int_handler)
+        if rank == 0:
+            with suppress(OSError):  # nobody may be reading. And print is unsafe in a handler
+                os.write(2, b'\nstopping after this step, to save; once more stops without\n')
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
     return signals
@@ -355,10 +368,12 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """Every rank evaluates all windows, so no figure is exchanged.
+    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
     -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
-       ("later"), the domains' means, and unless tied the share of experts with a weight above 2/E (App. G.1)
-    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), after segment 1, too"""
+       ("later"), and the domains' means. Unless tied, the share of experts in use: those with a weight above
+       2/E (App. G.1) anywhere in these windows, where the paper looks at 10 training steps
+    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E). Both leave out segment 1, unless it is the
+       only one."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
@@ -408,13 +423,14 @@ def plot(out_dir, rows, domains, routing):
     for column, label in columns.items():
         points = [(row['step'], row[column]) for row in rows if column in row]
         ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', label=label)
-    ax.set(xlabel='step', ylabel='bits per byte')
+    first = next(row['val_bpb'] for row in rows if 'val_bpb' in row)  # training begins far above
+    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.2 * first))
     ax.legend()
     fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
     n_layer, E = routing.shape[1:]
-    if 'experts' not in rows[-1] and E != 2:  # dense, or still tied: see `evaluate`
-        return
+    if 'experts' not in rows[-1] and E != 2:
+        return  # dense, or the experts are still tied: see `evaluate`
     fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
     for layer, ax in enumerate(fig.subplots(1, n_layer, squeeze=False)[0]):
         image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',

@@ -57,7 +57,7 @@ def formula(name):
     """'E=8 kept' runs the plain formula, whose merged weights autograd keeps until the backward pass."""
     ours = lory.merged_linear
     if name.endswith('kept'):
-        lory.merged_linear = lambda e, x, theta: x @ lory.merge(e, theta)
+        lory.merged_linear = lambda x, e, theta: x @ lory.merge(e, theta)
     try:
         yield
     finally:

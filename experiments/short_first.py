@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
-from lory import Lory, LoryFFN, merged_linear, run_script, swiglu
+from lory import Lory, LoryFFN, merged_swiglu, run_script
 
 
 class ShortFirstFFN(LoryFFN):
@@ -34,9 +34,8 @@ class ShortFirstFFN(LoryFFN):
         second = self.routing_weights(first)[:, None]  # (B, 1, E)
         e = torch.cat([self.prior(x), second, self.routing_weights(later[:, :-1])], 1)  # (B, 1 + R, E)
         experts = self.gate, self.up, self.down
-        y_first = swiglu(first, *experts, partial(merged_linear, e[:, 0]))  # (B, T1, D)
-        matmul = partial(merged_linear, e[:, 1:].flatten(0, 1))
-        y_later = swiglu(later.flatten(0, 1), *experts, matmul)  # (B * R, T, D)
+        y_first = merged_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
+        y_later = merged_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)
         return torch.cat([y_first, y_later.view(B, R * T, D)[:, :L - T1]], 1), e
 
 
