@@ -167,7 +167,7 @@ class LoryFFN(nn.Module):
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
         # The last segment may be padded. Zeros make its mean wrong, but no segment follows for it to route.
-        x = F.pad(x, (0, 0, 0, N * T - L)).view(B, N, T, D)
+        x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
         # The same as swiglu(x, *self.merge_experts(e_flat)), but it merges again in the backward pass instead

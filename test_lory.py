@@ -838,7 +838,7 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
         (out / 'ckpt.pt.tmp').write_bytes(b'half')  # a process that is killed in a write leaves this
         flags = ['--init_from=resume']
     gone = mock.Mock(side_effect=BrokenPipeError)  # Ctrl-C in the last step, which ends the run anyway
-    with at_call(train, 'get_batch', 8, ctrl_c), mock.patch('builtins.print', gone), mock.patch('os.write', gone):
+    with mock.patch('builtins.print', gone), mock.patch('os.write', gone), at_call(train, 'get_batch', 8, ctrl_c):
         assert run(train, run_home, *flags, '--out_dir=stopped') == 0
     for name in ('ckpt.pt', 'best.pt'):
         resumed, expected = carried(out / name), carried(whole / name)
