@@ -1,7 +1,7 @@
 """
 Continue a prompt from a checkpoint alone: the tokenizer is inside.
 
-    python sample.py                                           a few hundred tokens from the last run
+    python sample.py                                           a few hundred tokens from out/ckpt.pt
     python sample.py --start='def main(' --temperature=0       your own prompt, greedy
     python sample.py --start=FILE:notes.txt --show_routing     a prompt from a file; its expert weights
 
