@@ -33,9 +33,7 @@ One letter, one meaning, in every shape comment:
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
     h  mean of a segment (..., D)  e  routing weights (B, N, E)              n   a segment (paper: k): e(n)
-    S  FFNs merged at once         W  merged weights (S, in, out)            in, out  D and H, or H and D
-
-Training merges S = B * N FFNs at once, with e flattened to (S, E). Generation merges one per sequence: S = B.
+    W  merged weights (B, N, in, out), where in and out are D and H, or H and D
 
 Ours, not the paper's: the learned prior, which is the router's bias; experts that begin equal, and dense
 warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has all that
@@ -50,7 +48,6 @@ import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -59,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its one sentence says how."""
+    """A user's mistake. Its one sentence says the cure."""
 
 
 # --- Config. Each field is defined once, here: train.py makes its flag from it, the checkpoint stores it. ---
@@ -95,7 +92,7 @@ class LoryConfig:
             if f.type is int and value < 1:
                 raise UserError(f'{f.name}={value} must be at least 1.')
         if self.segment_len > self.block_size:
-            raise UserError(f'segment_len={self.segment_len} exceeds block_size={self.block_size}: lower it.')
+            raise UserError(f'lower segment_len={self.segment_len}: it exceeds block_size={self.block_size}.')
         if self.n_embd % (2 * self.n_head):
             raise UserError(f'n_embd={self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: '
                             'rotary embeddings turn pairs of channels in each head.')
@@ -104,14 +101,14 @@ class LoryConfig:
 # --- The idea: route each segment by the one before it, merge the experts, run the result. ---
 
 def merge(e, theta):
-    """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (S, E), (E, in, out) -> (S, in, out)"""
-    return (e @ theta.flatten(1)).unflatten(1, theta.shape[1:])  # (S, in * out) -> (S, in, out)
+    """Average experts in parameter space, Σ_i e_i θ_i (Sec. 2.2). (..., E), (E, in, out) -> (..., in, out)"""
+    return (e @ theta.flatten(1)).unflatten(-1, theta.shape[1:])  # (..., in * out) -> (..., in, out)
 
 
 def swiglu(x, gate, up, down):
-    """S FFNs (arXiv:2002.05202), each on its own segment: gate and up (S, D, H), down (S, H, D), x (S, T, D)
-    -> (S, T, D). Or one FFN, gate and up (D, H), down (H, D), on any x (..., D)."""
-    inner = F.silu(x @ gate) * (x @ up)  # (S, T, H)
+    """FFNs (arXiv:2002.05202), each on its own segment. x (..., T, D), gate and up (..., D, H),
+    down (..., H, D) -> (..., T, D)"""
+    inner = F.silu(x @ gate) * (x @ up)  # (..., T, H)
     return inner @ down
 
 
@@ -142,23 +139,20 @@ class LoryFFN(nn.Module):
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
         own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
-        if self.first_segment == 'prior':
-            first = self.prior(x)  # (B, 1, E)
-        else:
-            # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
-            # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
-            first = own[:, :1].detach()  # (B, 1, E)
+        # `self` is the paper's rule. The stop-gradient keeps the router from learning to look ahead, but
+        # token 1 still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
+        first = self.prior(x) if self.first_segment == 'prior' else own[:, :1].detach()  # (B, 1, E)
         later = own[:, :-1]  # (B, N - 1, E): segment n is routed by segment n-1
         if self.routing == 'prefix':
             later = own[:, :1].expand_as(later)  # prefix routing (Sec. 5.1): always by segment 1
         return torch.cat([first, later], 1)  # (B, N, E)
 
     def merge_experts(self, e):
-        """The FFNs that e (S, E) makes: gate (S, D, H), up (S, D, H), down (S, H, D)"""
+        """The FFNs that e (..., E) makes: gate and up (..., D, H), down (..., H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), N = 1 if dense or cached"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, E) if cached"""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -169,15 +163,14 @@ class LoryFFN(nn.Module):
         # The last segment may be padded. Zeros make its mean wrong, but no segment follows for it to route.
         x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
         e = self.route(x)  # (B, N, E)
-        x, e_flat = x.flatten(0, 1), e.flatten(0, 1)  # (S, T, D), (S, E)
-        # The same as swiglu(x, *self.merge_experts(e_flat)), but it merges again in the backward pass instead
-        # of keeping the merged weights.
-        y = merged_swiglu(x, e_flat, self.gate, self.up, self.down)  # (S, T, D)
-        return y.view(B, N * T, D)[:, :L], e
+        # This is swiglu(x, *self.merge_experts(e)), without keeping merged weights for the backward pass.
+        inner = F.silu(merged_linear(x, e, self.gate)) * merged_linear(x, e, self.up)  # (B, N, T, H)
+        y = merged_linear(inner, e, self.down)  # (B, N, T, D)
+        return y.flatten(1, 2)[:, :L], e  # (B, N * T, D) -> (B, L, D)
 
     def route_prompt(self, x):
-        """Generation (Sec. 3.1): the mean of the prompt routes it and all that follows. It may route itself,
-        for its tokens are given, not predicted. (B, L, D) -> (B, 1, E)"""
+        """Generation (Sec. 3.1): the mean of the prompt routes it and all that follows. The prompt may route
+        itself: its tokens are given, not predicted. (B, L, D) -> (B, 1, E)"""
         if x.shape[1] == 1 and self.first_segment == 'prior':
             return self.prior(x)  # ours: <|endoftext|> alone is nothing like the mean of a text
         return self.routing_weights(x)[:, None]
@@ -187,14 +180,14 @@ class LoryFFN(nn.Module):
         routing weights (B, 1, E)"""
         if cache.merged is None:  # this is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
-            cache.merged = self.merge_experts(cache.e[:, 0])  # from (B, E): one FFN per sequence
+            cache.merged = self.merge_experts(cache.e[:, 0])  # (B, E): one FFN per sequence
         return swiglu(x, *cache.merged), cache.e
 
 
 # --- The lean merge: the same formula, without keeping the merged FFNs until the backward pass. ---
 
 def merged_linear(x, e, theta):
-    """x W with W = merge(e, θ). x (S, T, in), e (S, E), θ (E, in, out) -> (S, T, out)
+    """x W with W = merge(e, θ). x (B, N, T, in), e (B, N, E), θ (E, in, out) -> (B, N, T, out)
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
     `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). From
@@ -202,15 +195,7 @@ def merged_linear(x, e, theta):
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """
-    def product(x, e, theta):
-        return x @ merge(e, theta)
-    return checkpoint(product, x, e, theta, use_reentrant=False, preserve_rng_state=False)
-
-
-def merged_swiglu(x, e, gate, up, down):
-    """`swiglu` of x (S, T, D) by the FFNs that e (S, E) merges from gate and up (E, D, H), down (E, H, D)."""
-    inner = F.silu(merged_linear(x, e, gate)) * merged_linear(x, e, up)  # (S, T, H)
-    return merged_linear(inner, e, down)  # (S, T, D)
+    return checkpoint(lambda: x @ merge(e, theta), use_reentrant=False, preserve_rng_state=False)
 
 
 # --- The decoder around it (Sec. 4.1): a LLaMA-style block, pre-RMSNorm, rotary positions, no biases. ---
@@ -289,9 +274,9 @@ class Lory(nn.Module):
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
-    a config, takes (x, cache) and returns (output, routing weights). Its parameters begin as `init_weights`
-    says, those of three dimensions as stacked experts (E, in, out). Its submodule `router` gets no gradient
-    in dense warm-up, and an `aux_loss` that it sets is added to the loss in training."""
+    a config, takes (x, cache) and returns (output, routing weights). `init_weights` draws its parameters, of
+    which any with three dimensions counts as stacked experts (E, in, out). Its submodule `router` gets no
+    gradient in dense warm-up, and an `aux_loss` that it sets is added to the loss in training."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -359,8 +344,8 @@ class Lory(nn.Module):
     def tie_gradients(self):
         """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
         router's becomes zero. The mean is 1/E of a dense FFN's gradient. Adam's step ignores the factor, and
-        after warm-up e(n)_i is near 1/E, so Adam's averages stay valid. (In the norm that is clipped, experts
-        count a factor √E too little.)"""
+        after warm-up e(n)_i is near 1/E, so Adam's averages stay valid. (In the clipped norm experts count √E
+        times too little.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -417,10 +402,9 @@ class Lory(nn.Module):
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
-    def fill(self, state, ffn_name=None, load=partial(nn.Module.load_state_dict, strict=False)):
-        """Take the weights (and buffers) of a state dict. Those of a dense model fill every expert, and the
-        router stays as it is. UserError if they do not fit, or come from another class of FFN. `load` puts
-        them in place, under FSDP2 in a way of train.py's."""
+    def fitted(self, state, ffn_name=None):
+        """The weights (and buffers) of a state dict, for load_state_dict(..., strict=False). Those of a dense
+        model fill every expert, without a router. UserError if they do not fit, or have another FFN class."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         mine, whole = self.state_dict(), {}
@@ -432,14 +416,12 @@ class Lory(nn.Module):
             except (KeyError, RuntimeError) as error:
                 raise UserError(f'{name} is missing or does not fit: give the model the n_layer, n_experts '
                                 'and sizes of these weights.') from error
-        load(self, whole)
+        return whole
 
     def num_params(self, active=False):
         """Parameters, or only the active ones: one expert of each layer, and no router."""
-        if not active:
-            return sum(p.numel() for p in self.parameters())
-        bare = [p for name, p in self.named_parameters() if '.router.' not in name]
-        return sum(p[0].numel() if p.dim() == 3 else p.numel() for p in bare)
+        return sum(p[0].numel() if active and p.dim() == 3 else p.numel()
+                   for name, p in self.named_parameters() if not (active and '.router.' in name))
 
 
 def draw(logits, temperature, top_k, top_p):
@@ -462,7 +444,7 @@ def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
     kind = type(default)
 
     def parse(text):
-        value = ['false', 'true'].index(text.lower()) == 1 if kind is bool else kind(text)
+        value = bool(['false', 'true'].index(text.lower())) if kind is bool else kind(text)
         if kind is not str and not low <= value < below:
             raise argparse.ArgumentTypeError(f'{text} is not in {low} <= {name} < {below}')
         return value
@@ -487,13 +469,12 @@ def run_script(main):
         sys.exit(130)
     except UserError as error:
         sentence = str(error)
-    except OSError as error:
-        sentence = f'{error}: check the path, the rights and the free space.'
-    except (RuntimeError, MemoryError) as error:
-        if re.search('allocate|out of memory|MemoryError', repr(error)):
+    except (OSError, RuntimeError, MemoryError) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save on a full disk
+        if isinstance(cause, OSError):
+            sentence = f'{cause}: check the path, the rights and the free space.'
+        elif re.search('allocate|out of memory|MemoryError', repr(error)):
             sentence = 'out of memory: use less text, a smaller model or more gradient_accumulation_steps.'
-        elif isinstance(error.__context__, OSError):  # torch.save on a full disk
-            sentence = f'{error.__context__}: check the path, the rights and the free space.'
         elif re.search(r'C(\+\+)? compiler', str(error)):  # inductor's and Triton's messages
             sentence = '--compile needs a compiler of C and C++: install gcc and g++, or leave it out.'
         else:
@@ -555,5 +536,5 @@ def load_checkpoint(path, device='cpu', build=Lory):
     `build` makes a model from a config: functools.partial(Lory, ffn=MyFFN) for an FFN of your own."""
     ckpt = read_checkpoint(path)
     model = build(LoryConfig(**ckpt['config']))
-    model.fill(ckpt['model'], ckpt['layer'])
+    model.load_state_dict(model.fitted(ckpt['model'], ckpt['layer']), strict=False)
     return model.eval().to(device), ckpt

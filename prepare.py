@@ -7,7 +7,7 @@ From documents to training data: read, hold out, chain similar documents, tokeni
 
 Lory routes each segment by the one before it, which says nothing where a document ends and a random one
 begins. So the paper puts similar documents next to each other (Sec. 3.2, App. C). (At our size, models of
-shuffled text are as good or better: experiments/README.md.) TF-IDF and exact search stand for the paper's
+shuffled text are mostly better: experiments/README.md.) TF-IDF and exact search stand for the paper's
 Contriever and FAISS: they need no model and no GPU, and find the same order on every machine.
 
     train.bin, val.bin            token ids, little-endian uint16 or uint32, documents after <|endoftext|>
@@ -41,7 +41,7 @@ EOT = '<|endoftext|>'   # stands before each document
 PIECE = 4096            # characters in a piece of the built-in corpus, at most
 SHARD = 100_000         # documents chained together, at most
 MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
-MIN_VAL = 64            # bytes of a domain held out, at least; a domain below 4 * MIN_VAL holds out none
+MIN_VAL = 64            # bytes of a domain held out, at least; domains below 4 * MIN_VAL hold out none
 PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'  # what a token may span, as in GPT-2
 HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # for 9-grams
 LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
@@ -85,7 +85,7 @@ def split_python(source):
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         if documented and (doc := ast.get_docstring(node)):
-            # A doctest goes from its prompt to the next blank line. split alternates: text, doctest.
+            # A doctest goes from its prompt to the next blank line. split returns text, doctest, text, ...
             parts = regex.split(r'^([ \t]*>>> .*(?:\n[ \t]*\S.*)*)', doc, flags=regex.MULTILINE)
             prose += [part.strip('\n') for part in parts[::2] if part.strip()]
             repl += parts[1::2]
@@ -275,7 +275,7 @@ def nearest(X, n_neighbors):
     for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
         cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
         cosine[range(len(block)), block] = 0  # a document is no neighbour of itself
-        # Sorts by falling cosine, then by number, which is key % n_docs; negative unless the cosine is 0.
+        # Sorts by falling cosine, then by number, which is key % n_docs. At cosine 0 it is not negative.
         key = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
         best = np.sort(np.partition(key, min(n_neighbors, n_docs) - 1)[:, :n_neighbors])
         lists += [[k % n_docs for k in row if k < 0] for row in best.tolist()]
@@ -431,7 +431,7 @@ def save_dataset(path, splits, tokenizer, meta):
         meta[split] = {'tokens': int(start[-1]), 'documents': len(docs), 'bytes': count_bytes(docs)}
     meta['sha256'] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files['meta.json'] = json.dumps(meta, indent=1).encode()
-    with ExitStack() as stack:  # at its end the files take their places, in reverse: meta.json last
+    with ExitStack() as stack:  # at its end files are renamed in reverse order, meta.json last
         for name, data in sorted(files.items()):
             file = stack.enter_context(atomic_open(path / name))
             file.write(data)

@@ -25,7 +25,7 @@ def flags():
     parser = make_parser(__doc__)
     add_flag(parser, 'out_dir', 'out', 'folder of the run, whose ckpt.pt is read')
     add_flag(parser, 'checkpoint', '', 'a checkpoint file to read instead')
-    add_flag(parser, 'start', '', 'the prompt, or FILE:path to read it from; empty: a document begins')
+    add_flag(parser, 'start', '', 'the prompt, or FILE:path to read it from; empty: begin a document')
     add_flag(parser, 'num_samples', 1, 'continuations', low=1)
     add_flag(parser, 'max_new_tokens', 300, 'tokens in each, at most', low=1)
     add_flag(parser, 'temperature', 0.8, 'below 1 favours likely tokens, 0 is greedy')
@@ -69,7 +69,7 @@ def specialize(model, prompt):
         for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
             state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
     dense = Lory(replace(model.config, n_experts=1)).to(model.embed.weight)  # its device and dtype
-    dense.fill(state)
+    dense.load_state_dict(dense.fitted(state), strict=False)
     return dense.eval()
 
 
@@ -98,7 +98,7 @@ def main(argv=None, build=Lory):
         decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character may span tokens
         for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p):
             count += 1
-            if not size[token.item()]:  # <|endoftext|>, or an id that stands for nothing
+            if not size[token.item()]:  # <|endoftext|>, or an unused id
                 break
             new = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
             print(new, end='', flush=True)

@@ -7,8 +7,8 @@ Train a Lory, or its dense baseline.
     torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
 A run leaves in out_dir: ckpt.pt (latest), best.pt (best validation), log.csv, loss.png and, once experts are
-free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on a
-CPU bit for bit.
+free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on
+a CPU bit for bit.
 """
 import csv
 import ctypes
@@ -40,7 +40,8 @@ import prepare
 from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
                   run_script, save_checkpoint, usable_device)
 
-# Two of the paper's models, with its schedule (Sec. 4.1, G.3). Its 0.3B/8E is --preset=0.3b --n_experts=8.
+# Two of the paper's models, with its schedule (Sec. 4.1, G.3). --preset=0.3b is its 0.3B/8E; the dense 0.3B
+# takes --n_experts=1.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {'': {},
@@ -50,7 +51,7 @@ MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the f
 # What must match a checkpoint: SHAPE to start from its weights, FIXED to go on with its run.
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # a checkpoint's whole tensors
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # unsharded, on the CPU
 
 
 def flags():
@@ -62,10 +63,10 @@ def flags():
     flag('init_from', 'scratch', 'scratch; resume: go on from out_dir/ckpt.pt; or a checkpoint to start from')
     flag('max_iters', 6000, 'updates in the whole run', low=1)
     flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps', low=1)
-    flag('gradient_accumulation_steps', 1, "pieces of each rank's share of the batch, to save memory", low=1)
+    flag('gradient_accumulation_steps', 1, 'forward passes of an update on each rank, to save memory', low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates do', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates suffice', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -95,9 +96,9 @@ def main(argv=None, build=Lory):
     pieces = args.gradient_accumulation_steps
     micro, left_over = divmod(args.batch_size, world * pieces)  # micro: sequences in a forward pass
     if left_over:
-        raise UserError(f'batch_size must be a multiple of {world} ranks x {pieces} accumulation steps.')
+        raise UserError(f'batch_size must be a multiple of {world * pieces}, ranks times accumulation steps.')
     if world > 1:
-        # Ranks wait while one of them prepares the corpus or writes a checkpoint, as long as that takes.
+        # The timeout is long enough for one rank to prepare the corpus or write a checkpoint.
         gpu = torch.device(device) if 'cuda' in device else None
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
@@ -128,7 +129,7 @@ def main(argv=None, build=Lory):
         model = build(config, seed=args.seed)  # all experts begin equal, so it begins as the dense model
     wrapped = wrap(model, args, device, world)  # on its device; compiled, under DDP or FSDP2
     if saved:
-        model.fill(saved['model'], saved['layer'], load=partial(set_model_state_dict, options=WHOLE))
+        set_model_state_dict(model, model.fitted(saved['model'], saved['layer']), options=WHOLE)
     # Dense warm-up needs equal experts: new ones, or those filled from a dense checkpoint.
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
@@ -162,7 +163,7 @@ def main(argv=None, build=Lory):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
             first = ((step * pieces + i) * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
-            # DDP then exchanges gradients only once, after the last piece. FSDP2 does so after each.
+            # DDP reads this, and exchanges gradients after the last piece only. FSDP2 does so after each.
             wrapped.require_backward_grad_sync = i == pieces - 1
             with autocast:
                 micro_loss = wrapped(x, y)[1] / pieces
@@ -189,7 +190,7 @@ def main(argv=None, build=Lory):
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
-            # Bits per byte of all that is trained on; a validation leaves out <|endoftext|>.
+            # Counts <|endoftext|>, which a validation leaves out.
             bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = args.batch_size * args.block_size / seconds
@@ -215,14 +216,14 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: a crash between the two leaves an older ckpt.pt, from which both are made
-                # again. It is judged after segment 1, because with first_segment=self that one sees ahead.
+                # best.pt first: after a crash between the two, the older ckpt.pt makes both again. It is
+                # judged after segment 1, which with first_segment=self sees ahead.
                 if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
                 write_log(f'{args.out_dir}/log.csv', rows)
                 if validate:
-                    plot(args.out_dir, rows, list(windows), routing.numpy())
+                    plot(args.out_dir, rows, list(windows), routing)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for whoever called main
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -240,22 +241,22 @@ def main(argv=None, build=Lory):
 # --- Settings. ---
 
 def read_settings(argv):
-    """-> flags, config, and the checkpoint that the run starts from or None. Flags are parsed twice: to find
-    the checkpoint and the preset, then with their settings as defaults."""
+    """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: to find checkpoint
+    and preset, then with their settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
         raise UserError('--out_dir is empty: name a folder.')
-    latest, forced = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
+    latest, preset = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
-        known, forced = saved.get('args', {}) | saved['config'], dict(out_dir=args.out_dir)
+        known, preset = saved.get('args', {}) | saved['config'] | dict(out_dir=args.out_dir), {}
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':
         saved, fixed = read_checkpoint(args.init_from), SHAPE
         known = saved['config']
-    parser.set_defaults(**known | forced)
+    parser.set_defaults(**known | preset)
     args = parser.parse_args(argv)
     config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
     settings = vars(args) | asdict(config)  # with the ffn_hidden that 0 stands for
@@ -287,7 +288,7 @@ def pick_device(args):
     return device, getattr(torch, dtype)
 
 
-# --- An update. Its windows of L + 1 tokens are numbered; number n is a function of (seed, n) alone. ---
+# --- An update. Window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine (Sec. 4.1), from learning_rate to min_lr_ratio of it at max_iters."""
@@ -302,17 +303,17 @@ def learning_rate(step, args):
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    n = max(1, (n_tokens - L) // L)  # one fewer than fit, to have room for the offset
+    n_windows = max(1, (n_tokens - L) // L)  # one fewer than fit, as room for the offset
     rng = np.random.default_rng([seed, epoch])
-    return rng.integers(min(L, n_tokens - n * L)) + L * rng.permutation(n)
+    return rng.integers(min(L, n_tokens - n_windows * L)) + L * rng.permutation(n_windows)
 
 
 def get_batch(tokens, first, count, args, device):
     """Sequences first, first + 1, ... of the endless training stream. -> x, y, (count, L) int64 both"""
     L, windows = args.block_size, []
-    n = len(window_starts(len(tokens), L, args.seed, 0))
+    n_windows = len(window_starts(len(tokens), L, args.seed, 0))
     for i in range(first, first + count):
-        epoch, place = divmod(i, n)
+        epoch, place = divmod(i, n_windows)
         start = window_starts(len(tokens), L, args.seed, epoch)[place]
         windows.append(tokens[start:start + L + 1])
     return to_xy(windows, device)
@@ -325,7 +326,7 @@ def to_xy(windows, device):
 
 
 def catch_signals(rank):
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. The same again: KeyboardInterrupt."""
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second is KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
@@ -368,16 +369,16 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass, and no figure is exchanged.
+    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass. No figure is exchanged.
     -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
        ("later"), and the domains' means. Unless tied, the share of experts in use: those with a weight above
        2/E (App. G.1) anywhere in these windows, where the paper looks at 10 training steps
-    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E). Both leave out segment 1, unless it is the
-       only one."""
+    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied. Both leave out
+       segment 1, unless it is the only one."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
-    used = torch.zeros(n_layer, E, device=device)
+    used = torch.zeros(n_layer, E, dtype=torch.bool, device=device)
     model.eval()
     for d, (name, chosen) in enumerate(windows.items()):
         L = len(chosen[0]) - 1  # the same in all windows of a domain
@@ -390,9 +391,9 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             n_bytes = token_bytes[y]  # (B, L)
             counts = n_bytes > 0  # <|endoftext|> has no bytes and does not count
             totals += torch.stack([loss.view_as(y) * counts, n_bytes, counts]).sum(1)  # (3, L)
-            e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E)
+            e = e[:, :, 1:] if e.shape[2] > 1 else e  # (B, n_layer, N - 1, E), or (B, n_layer, 1, E)
             routing[d] += e.mean(2).sum(0) / len(chosen)  # (n_layer, E)
-            used += (e > 2 / E).sum((0, 2))  # (n_layer, E)
+            used |= (e > 2 / E).any(2).any(0)  # (n_layer, E)
         totals = totals.cpu().double()
         for when, start in ('', 0), ('later_', T if T < L else 0):
             nats, size, length = totals[:, start:].sum(1)
@@ -402,8 +403,8 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     means = dict(val_bpb=statistics.fmean(figures[f'bpb_{name}'] for name in windows),
                  later_bpb=statistics.fmean(figures[f'later_bpb_{name}'] for name in windows))
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
-        figures['experts'] = (used > 0).float().mean().item()
-    return means | figures, routing.cpu()
+        figures['experts'] = used.float().mean().item()
+    return means | figures, None if tied or E == 1 else routing.cpu()
 
 
 # --- What a run leaves behind, beside its checkpoints. ---
@@ -416,7 +417,7 @@ def write_log(path, rows):
 
 
 def plot(out_dir, rows, domains, routing):
-    """loss.png from the log, and from routing (n_domains, n_layer, E) experts.png, as the paper's Fig. 6."""
+    """loss.png from the log, and from routing (n_domains, n_layer, E), if any, experts.png as in Fig. 6."""
     columns = {'bpb': 'training', 'val_bpb': 'mean of domains'} | {f'bpb_{name}': name for name in domains}
     fig = Figure(figsize=(8, 4.5), layout='constrained')
     ax = fig.subplots()
@@ -428,9 +429,9 @@ def plot(out_dir, rows, domains, routing):
     ax.legend()
     fig.savefig(f'{out_dir}/loss.png', dpi=110)
 
+    if routing is None:
+        return
     n_layer, E = routing.shape[1:]
-    if 'experts' not in rows[-1] and E != 2:
-        return  # dense, or the experts are still tied: see `evaluate`
     fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
     for layer, ax in enumerate(fig.subplots(1, n_layer, squeeze=False)[0]):
         image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
@@ -451,7 +452,7 @@ def wrap(model, args, device, world):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if args.compile:
         for part in model.blocks if args.shard else [model]:
-            # Not part.compile(): with FSDP2's hooks around it torch would leave out a checkpointed block.
+            # Not part.compile(): inside FSDP2's hooks torch would not compile a checkpointed block.
             part.forward = torch.compile(part.forward)
     if not args.shard:
         model.to(device)
@@ -472,7 +473,7 @@ def wrap(model, args, device, world):
 
 
 def load_averages(model, optimizer, state):
-    """Adam's averages from a checkpoint, one after another. torch's own function holds all of them twice."""
+    """Adam's averages from a checkpoint, one by one. torch's own function holds all of them twice."""
     params = dict(model.named_parameters())
     for name, averages in state.items():  # in the file's order, which the next file keeps
         p = params[name]

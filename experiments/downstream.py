@@ -72,7 +72,7 @@ def models(ckpt):
             del ways['rerouted']  # the continuation would route segment 1, by which it is scored
     result = {way: Lory(config, ffn=ffn).eval() for way, ffn in ways.items()}
     for model in result.values():
-        model.fill(ckpt['model'])  # the layers' name is left out: PromptFFN has a LoryFFN's weights
+        model.load_state_dict(ckpt['model'])  # a PromptFFN has a LoryFFN's weights
     return result
 
 

@@ -20,7 +20,6 @@ import threading
 import time
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -191,7 +190,7 @@ def train_and_measure(part, config, folder):
 
     def resume():
         saved = read_checkpoint(f'{folder}/{FILE}')
-        model.fill(saved['model'], load=partial(set_model_state_dict, options=train.WHOLE))
+        set_model_state_dict(model, model.fitted(saved['model']), options=train.WHOLE)
         train.load_averages(model, optimizer, saved['optimizer']['state'])
 
     def save():

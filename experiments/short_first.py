@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
-from lory import Lory, LoryFFN, merged_swiglu, run_script
+from lory import Lory, LoryFFN, run_script, swiglu
 
 
 class ShortFirstFFN(LoryFFN):
@@ -33,10 +33,9 @@ class ShortFirstFFN(LoryFFN):
         later = F.pad(x[:, T1:], (0, 0, 0, R * T - (L - T1))).view(B, R, T, D)
         second = self.routing_weights(first)[:, None]  # (B, 1, E)
         e = torch.cat([self.prior(x), second, self.routing_weights(later[:, :-1])], 1)  # (B, 1 + R, E)
-        experts = self.gate, self.up, self.down
-        y_first = merged_swiglu(first, e[:, 0], *experts)  # (B, T1, D)
-        y_later = merged_swiglu(later.flatten(0, 1), e[:, 1:].flatten(0, 1), *experts)  # (B * R, T, D)
-        return torch.cat([y_first, y_later.view(B, R * T, D)[:, :L - T1]], 1), e
+        y_first = swiglu(first, *self.merge_experts(e[:, 0]))  # (B, T1, D)
+        y_later = swiglu(later, *self.merge_experts(e[:, 1:]))  # (B, R, T, D)
+        return torch.cat([y_first, y_later.flatten(1, 2)[:, :L - T1]], 1), e
 
 
 def main(argv=None):

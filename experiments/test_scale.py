@@ -100,7 +100,7 @@ def rank_of_four(rank, folder):
             save_checkpoint(name, whole, None, weights, optimizer=averages)
         dist.barrier()
         saved = read_checkpoint(name)
-        model.fill(saved['model'], load=partial(set_model_state_dict, options=train.WHOLE))
+        set_model_state_dict(model, model.fitted(saved['model']), options=train.WHOLE)
         sharded = model.optimizer(**ADAM)
         train.load_averages(model, sharded, saved['optimizer']['state'])
         same(model.state_dict(), whole.state_dict())
