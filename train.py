@@ -6,9 +6,9 @@ Train a Lory, or its dense baseline.
     python train.py --init_from=resume                 go on where the run in out/ stopped
     torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
-A run leaves in out_dir: ckpt.pt (latest), best.pt (best validation), log.csv, loss.png and, once experts are
-free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped, on
-a CPU bit for bit.
+A run leaves in out_dir: ckpt.pt (latest), best.pt (best after segment 1), log.csv, loss.png and, once experts
+are free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped,
+on a CPU bit for bit.
 """
 import csv
 import ctypes
