@@ -36,8 +36,8 @@ One letter, one meaning, in every shape comment:
     W  merged weights (B, N, in, out), where in and out are D and H, or H and D
 
 Ours, not the paper's: the learned prior, which is the router's bias; experts that begin equal, and dense
-warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has all that
-differs.) `naive_lory` in test_lory.py is this layer as a plain loop.
+warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has what
+differs elsewhere.) `naive_lory` in test_lory.py is this layer as a plain loop.
 """
 import argparse
 import math
@@ -152,7 +152,7 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, E) if cached"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); if cached or E = 1, N is 1"""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:

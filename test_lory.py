@@ -154,9 +154,10 @@ def test_bfloat16_stays_near_the_float32_formula():
     x = torch.randn(4, 24, 64, requires_grad=True)
     inputs, (y, e) = [x, *ffn.parameters()], ffn(x)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        y16, e16 = ffn(x)
+        (y16, e16), (_, e_rounded) = ffn(x), ffn(x.bfloat16())
     assert y16.dtype == torch.bfloat16
     assert_close(e16, e)
+    assert_close(e_rounded, ffn(x.bfloat16().float())[1])  # only the input was rounded, not its mean
     for exact, rounded in zip(with_gradients(y, inputs), with_gradients(y16.float(), inputs)):
         assert (exact - rounded).norm() < 0.02 * exact.norm()  # bfloat16 keeps 8 bits: 0.004 an operation
 
@@ -271,6 +272,7 @@ def test_paper_presets_have_the_papers_sizes():
             model = Lory(LoryConfig(vocab_size=32000, n_experts=n_experts, **shape))
         assert model.num_params() / 1e9 == pytest.approx(total, abs=0.08)
         assert model.num_params(active=True) / 1e9 == pytest.approx(float(preset[:-1]), abs=0.08)
+    assert Lory(LoryConfig()).num_params(active=True) == Lory(LoryConfig(n_experts=1)).num_params()
 
 
 # --- lory.py: generation, against passes over the whole text. ---
@@ -767,6 +769,8 @@ def test_validation_against_one_token_at_a_time(run_home):
         windows[name] = sorted(chosen, key=lambda w: tokenizer.eot_token not in w[1:])[:20]
         assert tokenizer.eot_token in windows[name][0][1:]
     size = torch.tensor(prepare.token_bytes(data.tokenizer))
+    for block in model.blocks:
+        block.ffn.router.weight.data *= 30  # so that batches differ in the experts they use
     figures, routing = train.evaluate(model.eval(), windows, size, 3, nullcontext())
     assert model.training
     in_use = torch.zeros(2, 4, dtype=torch.bool)
@@ -789,7 +793,8 @@ def test_validation_against_one_token_at_a_time(run_home):
     for mean, key in (('val_bpb', 'bpb'), ('later_bpb', 'later_bpb')):
         assert figures[mean] == pytest.approx((figures[f'{key}_cpp'] + figures[f'{key}_prose']) / 2)
     assert figures['experts'] == pytest.approx(in_use.float().mean())
-    assert 'experts' not in train.evaluate(model, windows, size, 3, nullcontext(), tied=True)[0]
+    figures, routing = train.evaluate(model, windows, size, 3, nullcontext(), tied=True)
+    assert 'experts' not in figures and routing is None
     short, _ = train.evaluate(model, dict(a=[np.full(9, 5)]), size, 1, nullcontext())
     assert short['later_bpb'] == short['val_bpb'], 'of a single segment all counts'
 
@@ -842,6 +847,7 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(run_home):
     with mock.patch('builtins.print', gone), mock.patch('os.write', gone), \
             at_call(train, 'get_batch', 8, ctrl_c):  # in the last step, which ends the run anyway
         assert run(train, run_home, *flags, '--out_dir=stopped') == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, 'a handler is left behind'
     for name in ('ckpt.pt', 'best.pt'):
         resumed, expected = carried(out / name), carried(whole / name)
         assert_close(resumed, expected, rtol=0, atol=0)
@@ -879,11 +885,13 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
 
 def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data_copy):
     """What a run changed of its preset stays, with or without its flags. Dense warm-up ends at step 2 as
-    planned, not at half of the new max_iters. The data may move, and the checkpoint may lack a new field."""
+    planned, not at half of the new max_iters. The data and the run may move, and the checkpoint may lack a
+    new field."""
     command = ['--preset=0.3b', *TINY, '--n_layer=1', '--ffn_hidden=96', '--beta1=.8', '--max_iters=4']
     resume, path = partial(run, train, data_copy, '--init_from=resume'), data_copy / 'out/ckpt.pt'
     with at_call(train, 'get_batch', 1, ctrl_c):
-        run(train, data_copy, *command)
+        run(train, data_copy, *command, '--out_dir=before')
+    (data_copy / 'before').rename(data_copy / 'out')
     for step, repeated in ((2, []), (3, command[:1]), (4, command)):
         with at_call(train, 'get_batch', 1, ctrl_c):
             resume(*repeated, '--max_iters=8')
