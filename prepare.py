@@ -371,9 +371,10 @@ def make_tokenizer(name, vocab_size=0, texts=()):
         tokens = train_bpe(texts, vocab_size - 1 if name == 'bpe' else 256)  # byte is BPE without a merge
         pattern, special = PATTERN, {EOT: len(tokens)}
     elif os.path.isfile(name):
-        ckpt = {} if name.endswith('.json') else read_checkpoint(name)
+        is_json = name.endswith('.json')
+        ckpt = None if is_json else read_checkpoint(name)  # if it is damaged, that says so
         try:
-            tokenizer = ckpt.get('tokenizer') or json.loads(Path(name).read_bytes())
+            tokenizer = json.loads(Path(name).read_bytes()) if is_json else ckpt['tokenizer']
             load_tokenizer(tokenizer).encode_single_token(EOT)
             return tokenizer
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
