@@ -152,7 +152,7 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); if cached or E = 1, N is 1"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E). If cached or E = 1, N is 1."""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:

@@ -10,7 +10,6 @@ A run leaves in out_dir: ckpt.pt (latest), best.pt (best after segment 1), log.c
 are free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped,
 on a CPU bit for bit.
 """
-import csv
 import ctypes
 import gc
 import math
@@ -28,17 +27,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 import prepare
-from lory import (Lory, LoryConfig, UserError, add_flag, atomic_open, make_parser, read_checkpoint,
-                  run_script, save_checkpoint, usable_device)
+from experiments.fsdp import load_averages, shard
+from experiments.report import plot, write_log
+from lory import (Lory, LoryConfig, UserError, add_flag, make_parser, read_checkpoint, run_script,
+                  save_checkpoint, usable_device)
 
 # Two of the paper's models, with its schedule (Sec. 4.1, G.3). --preset=0.3b is its 0.3B/8E; the dense 0.3B
 # takes --n_experts=1.
@@ -238,7 +236,7 @@ def main(argv=None, build=Lory):
     return 0
 
 
-# --- Settings. ---
+# --- Settings, and the model as they say. ---
 
 def read_settings(argv):
     """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: to find checkpoint
@@ -286,6 +284,22 @@ def pick_device(args):
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     return device, getattr(torch, dtype)
+
+
+def wrap(model, args, device, world):
+    """-> the model as the loop runs it, on its device. Only DDP makes another object of it."""
+    if args.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if args.compile:
+        for part in model.blocks if args.shard else [model]:
+            # Not part.compile(): inside FSDP2's hooks torch would not compile a checkpointed block.
+            part.forward = torch.compile(part.forward)
+    if args.shard:
+        shard(model, device, world, args.seed)
+        return model
+    model.to(device)
+    return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 # --- An update. Window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
@@ -405,82 +419,6 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     if E > 2 and not tied:  # with two experts no weight can exceed 2/E
         figures['experts'] = used.float().mean().item()
     return means | figures, None if tied or E == 1 else routing.cpu()
-
-
-# --- What a run leaves behind, beside its checkpoints. ---
-
-def write_log(path, rows):
-    with atomic_open(path, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(out_dir, rows, domains, routing):
-    """loss.png from the log, and from routing (n_domains, n_layer, E), if any, experts.png as in Fig. 6."""
-    columns = {'bpb': 'training', 'val_bpb': 'mean of domains'} | {f'bpb_{name}': name for name in domains}
-    fig = Figure(figsize=(8, 4.5), layout='constrained')
-    ax = fig.subplots()
-    for column, label in columns.items():
-        points = [(row['step'], row[column]) for row in rows if column in row]
-        ax.plot([step for step, _ in points], [bpb for _, bpb in points], '.-', label=label)
-    first = next(row['val_bpb'] for row in rows if 'val_bpb' in row)  # training begins far above
-    ax.set(xlabel='step', ylabel='bits per byte', ylim=(None, 1.2 * first))
-    ax.legend()
-    fig.savefig(f'{out_dir}/loss.png', dpi=110)
-
-    if routing is None:
-        return
-    n_layer, E = routing.shape[1:]
-    fig = Figure(figsize=(1 + 3 * n_layer, 1.2 + 0.35 * len(domains)), layout='constrained')
-    for layer, ax in enumerate(fig.subplots(1, n_layer, squeeze=False)[0]):
-        image = ax.imshow(routing[:, layer], vmin=0, vmax=routing.max(), aspect='auto',
-                          extent=(0.5, E + 0.5, len(domains) - 0.5, -0.5))  # experts from 1
-        ax.set(title=f'layer {layer + 1}', xlabel='expert')
-        ax.set_yticks(range(len(domains)), domains)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.colorbar(image, ax=fig.axes, label='mean routing weight')
-    fig.savefig(f'{out_dir}/experts.png', dpi=110)
-
-
-# --- Model and optimiser, alone or among many ranks. ---
-
-def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. Only DDP makes another object of it."""
-    if args.activation_checkpointing:
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if args.compile:
-        for part in model.blocks if args.shard else [model]:
-            # Not part.compile(): inside FSDP2's hooks torch would not compile a checkpointed block.
-            part.forward = torch.compile(part.forward)
-    if not args.shard:
-        model.to(device)
-        return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
-    # FSDP2, that is ZeRO stage 3: a block's parameters are gathered only while it runs.
-    uneven = model.config.n_embd % world or model.config.ffn_hidden % world
-    if uneven or not dist.is_initialized() or list(model.buffers()):
-        raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
-                        'divide, and FFNs without buffers: change these, or say --shard=False.')
-    mesh = dist.init_device_mesh(device.split(':')[0], (world,))
-    # Never along E: each rank holds a slice of every expert, so tie_gradients needs no other rank.
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
-    model.to_empty(device=device)
-    with implicit_replication():  # each rank keeps its share of what is drawn
-        model.init_weights(args.seed)
-    return model
-
-
-def load_averages(model, optimizer, state):
-    """Adam's averages from a checkpoint, one by one. torch's own function holds all of them twice."""
-    params = dict(model.named_parameters())
-    for name, averages in state.items():  # in the file's order, which the next file keeps
-        p = params[name]
-        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
-            if isinstance(p, DTensor) and value.dim() > 0:
-                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-            optimizer.state[p][key] = value.to(p.device, copy=True)
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import train
+from experiments.fsdp import load_averages
 from lory import Lory, LoryConfig, atomic_open, make_parser, read_checkpoint, run_script, save_checkpoint
 
 RESULTS, FILE = f'{HERE}/shard.json', 'ckpt.pt'
@@ -191,7 +192,7 @@ def train_and_measure(part, config, folder):
     def resume():
         saved = read_checkpoint(f'{folder}/{FILE}')
         set_model_state_dict(model, model.fitted(saved['model']), options=train.WHOLE)
-        train.load_averages(model, optimizer, saved['optimizer']['state'])
+        load_averages(model, optimizer, saved['optimizer']['state'])
 
     def save():
         weights, averages = get_state_dict(model, optimizer, options=train.WHOLE)

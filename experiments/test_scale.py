@@ -22,6 +22,7 @@ from torch.testing import assert_close
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import train
+from experiments.fsdp import load_averages
 from lory import Lory, LoryConfig, read_checkpoint, save_checkpoint
 from shard import update
 
@@ -102,7 +103,7 @@ def rank_of_four(rank, folder):
         saved = read_checkpoint(name)
         set_model_state_dict(model, model.fitted(saved['model']), options=train.WHOLE)
         sharded = model.optimizer(**ADAM)
-        train.load_averages(model, sharded, saved['optimizer']['state'])
+        load_averages(model, sharded, saved['optimizer']['state'])
         same(model.state_dict(), whole.state_dict())
         for p, q in zip(model.parameters(), whole.parameters()):
             assert isinstance(p, DTensor) and p.to_local().numel() < p.numel()

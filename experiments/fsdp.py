@@ -1,0 +1,41 @@
+"""
+`train.py --shard`: each rank keeps a slice of every parameter, of its gradient and of Adam's averages.
+
+The paper trains this way (Sec. 4.1). It is PyTorch's FSDP2, that is ZeRO stage 3 (arXiv:1910.02054): a block's
+parameters are gathered only while it runs. shard.py measures what that saves; README.md tells it under "Many
+GPUs".
+"""
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+
+from lory import UserError
+
+
+def shard(model, device, world, seed):
+    """Split a model that was made on the meta device over `world` ranks, then draw its initial weights.
+    UserError if it cannot be split evenly."""
+    uneven = model.config.n_embd % world or model.config.ffn_hidden % world
+    if uneven or not dist.is_initialized() or list(model.buffers()):
+        raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
+                        'divide, and FFNs without buffers: change these, or say --shard=False.')
+    mesh = dist.init_device_mesh(device.split(':')[0], (world,))
+    # Never along E: each rank holds a slice of every expert, so tie_gradients needs no other rank.
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
+    model.to_empty(device=device)
+    with implicit_replication():  # each rank keeps its share of what is drawn
+        model.init_weights(seed)
+
+
+def load_averages(model, optimizer, state):
+    """Adam's averages from a checkpoint, one by one, for a sharded model or a whole one. torch's own function
+    holds all of them twice."""
+    params = dict(model.named_parameters())
+    for name, averages in state.items():  # in the file's order, which the next file keeps
+        p = params[name]
+        for key, value in averages.items():  # exp_avg and exp_avg_sq have the shape of p, step has ()
+            if isinstance(p, DTensor) and value.dim() > 0:
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+            optimizer.state[p][key] = value.to(p.device, copy=True)
