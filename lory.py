@@ -138,21 +138,23 @@ class LoryFFN(nn.Module):
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        own = self.routing_weights(x)  # (B, N, E), from each segment's own mean
-        # `self` is the paper's rule. The stop-gradient keeps the router from learning to look ahead, but
-        # token 1 still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
-        first = self.prior(x) if self.first_segment == 'prior' else own[:, :1].detach()  # (B, 1, E)
-        later = own[:, :-1]  # (B, N - 1, E): segment n is routed by segment n-1
+        before = x[:, :-1]  # (B, N - 1, T, D): segment n-1 routes segment n, and the last one routes nothing
         if self.routing == 'prefix':
-            later = own[:, :1].expand_as(later)  # prefix routing (Sec. 5.1): always by segment 1
-        return torch.cat([first, later], 1)  # (B, N, E)
+            before = x[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): segment 1 routes all later ones
+        if self.first_segment == 'prior':
+            first = self.prior(x)  # (B, 1, E)
+        else:
+            # The paper's rule. The stop-gradient keeps the router from learning to look ahead, but token 1
+            # still sees the mean of tokens 2 to T, so the loss on segment 1 comes out too low.
+            first = self.routing_weights(x[:, :1]).detach()  # (B, 1, E)
+        return torch.cat([first, self.routing_weights(before)], 1)  # (B, N, E)
 
     def merge_experts(self, e):
         """The FFNs that e (..., E) makes: gate and up (..., D, H), down (..., H, D)"""
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E). If cached or E = 1, N is 1."""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); N = 1 if cached or dense"""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -160,7 +162,7 @@ class LoryFFN(nn.Module):
         B, L, D = x.shape
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
-        # The last segment may be padded. Zeros make its mean wrong, but no segment follows for it to route.
+        # The last segment is padded with zeros. They change nothing, for it routes nothing.
         x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         # This is swiglu(x, *self.merge_experts(e)), without keeping merged weights for the backward pass.
@@ -276,7 +278,7 @@ class Lory(nn.Module):
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
     a config, takes (x, cache) and returns (output, routing weights). `init_weights` draws its parameters, of
     which any with three dimensions counts as stacked experts (E, in, out). Its submodule `router` gets no
-    gradient in dense warm-up, and an `aux_loss` that it sets is added to the loss in training."""
+    gradient in dense warm-up."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -297,8 +299,8 @@ class Lory(nn.Module):
         of 8 experts begin as the same function.
 
         The router must not begin at zero, or experts would stay equal for ever. A router of zero gives them
-        equal gradients. Equal experts give the router none: all de_i are equal, and the softmax ignores what
-        they share. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns."""
+        equal gradients. Equal experts give the router none: all de_i are equal, and then the softmax passes
+        nothing on. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -325,15 +327,13 @@ class Lory(nn.Module):
     def forward(self, idx, targets=None, return_routing=False):
         """idx, targets (B, L) int64, any L >= 1; targets of -1 are ignored.
         -> logits (B, L, V)
-        -> mean loss in nats per token, or None without targets; in training it includes any aux_loss
+        -> mean loss in nats per token, or None without targets
         -> only if return_routing: routing weights (B, n_layer, N, E), detached"""
         x, routing = self.trunk(idx)
         logits, loss = self.head(x), None  # (B, L, V)
         if targets is not None:
             flat = logits.flatten(0, 1)  # (B * L, V)
             loss = F.cross_entropy(flat, targets.flatten(), ignore_index=-1)  # targets (B * L,)
-            if self.training:
-                loss = loss + sum(getattr(block.ffn, 'aux_loss', 0.0) for block in self.blocks)
         return (logits, loss, torch.stack(routing, 1).detach()) if return_routing else (logits, loss)
 
     # Dense warm-up (Sec. 4.1, G.3). The paper trains a dense model, then copies its FFN into every expert.
@@ -343,9 +343,9 @@ class Lory(nn.Module):
 
     def tie_gradients(self):
         """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
-        router's becomes zero. The mean is 1/E of a dense FFN's gradient. Adam's step ignores the factor, and
-        after warm-up e(n)_i is near 1/E, so Adam's averages stay valid. (In the clipped norm experts count √E
-        times too little.)"""
+        router's becomes zero. The mean is 1/E of a dense FFN's gradient, a factor that Adam's step ignores.
+        Right after warm-up an expert gets about 1/E, too, so Adam's averages keep their scale. (Clipping sees
+        a norm of all experts that is √E times too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -396,7 +396,7 @@ class Lory(nn.Module):
     # For a training loop.
 
     def optimizer(self, lr, weight_decay, betas):
-        """AdamW (Sec. 4.1). Only matrices decay, not the norms and not the router's bias."""
+        """AdamW (Sec. 4.1). Matrices and experts decay, the norms and the router's bias do not."""
         params = list(self.parameters())
         groups = [dict(params=[p for p in params if p.dim() > 1], weight_decay=weight_decay),
                   dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]

@@ -132,7 +132,7 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # all that a run carries, beside model, optimizer, scaler and tied_until
+    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_averages(model, optimizer, saved['optimizer']['state'])
@@ -214,8 +214,8 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: after a crash between the two, the older ckpt.pt makes both again. It is
-                # judged after segment 1, which with first_segment=self sees ahead.
+                # best.pt first: a crash between the two leaves the older ckpt.pt, from which both are made
+                # again. Best is judged after segment 1, which with first_segment=self sees ahead.
                 if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
@@ -239,8 +239,8 @@ def main(argv=None, build=Lory):
 # --- Settings, and the model as they say. ---
 
 def read_settings(argv):
-    """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: to find checkpoint
-    and preset, then with their settings as defaults."""
+    """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: first to find the
+    checkpoint or the preset, then with its settings as defaults."""
     parser, saved, known, fixed = flags(), None, {}, set()
     args = parser.parse_args(argv)
     if not args.out_dir:
@@ -287,7 +287,7 @@ def pick_device(args):
 
 
 def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. Only DDP makes another object of it."""
+    """-> the model as the loop runs it, on its device. DDP wraps it, the rest changes it in place."""
     if args.activation_checkpointing:
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -383,12 +383,12 @@ def validation_windows(split, domains, L, limit=0):
 @torch.no_grad()
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
-    """Every rank evaluates all windows: FSDP2 needs all ranks in a forward pass. No figure is exchanged.
-    -> a row for log.csv: bits per byte and perplexity of each domain, over all positions and after segment 1
-       ("later"), and the domains' means. Unless tied, the share of experts in use: those with a weight above
-       2/E (App. G.1) anywhere in these windows, where the paper looks at 10 training steps
-    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied. Both leave out
-       segment 1, unless it is the only one."""
+    """Every rank evaluates all windows, since FSDP2 needs all ranks in a forward pass.
+    -> a row for log.csv: bits per byte and perplexity of each domain and the domains' means, over all
+       positions and after segment 1 ("later"). Unless tied, the share of experts in use. An expert is in use
+       if its weight exceeds 2/E (App. G.1) in any of these windows. (The paper looks at 10 training steps.)
+    -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied.
+    The last two leave out segment 1, unless there is no other."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)
@@ -410,9 +410,9 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
             used |= (e > 2 / E).any(2).any(0)  # (n_layer, E)
         totals = totals.cpu().double()
         for when, start in ('', 0), ('later_', T if T < L else 0):
-            nats, size, length = totals[:, start:].sum(1)
-            figures[f'{when}bpb_{name}'] = (nats / size / math.log(2)).item()
-            figures[f'{when}ppl_{name}'] = (nats / length).exp().item()
+            nats, n_bytes, n_tokens = totals[:, start:].sum(1)
+            figures[f'{when}bpb_{name}'] = (nats / n_bytes / math.log(2)).item()
+            figures[f'{when}ppl_{name}'] = (nats / n_tokens).exp().item()
     model.train()
     means = dict(val_bpb=statistics.fmean(figures[f'bpb_{name}'] for name in windows),
                  later_bpb=statistics.fmean(figures[f'later_bpb_{name}'] for name in windows))

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import lory
 from lory import Lory, LoryConfig, LoryFFN, add_flag, atomic_open, make_parser, run_script
-from token_moe import ExpertChoiceFFN, MixtralFFN, SwitchFFN
+from token_moe import BalancedLory, ExpertChoiceFFN, MixtralFFN, SwitchFFN, TokenChoiceFFN
 from train import PRESETS, pick_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -75,7 +75,9 @@ class Subject:
 
     def __init__(self, name, config, batch, device, dtype, compiled):
         self.name, self.device, self.times = name, device, []
-        self.model = Lory(LoryConfig(**config), ffn=LAYERS.get(name, LoryFFN)).to(device)
+        ffn = LAYERS.get(name, LoryFFN)
+        build = BalancedLory if issubclass(ffn, TokenChoiceFFN) else Lory
+        self.model = build(LoryConfig(**config), ffn=ffn).to(device)
         self.running = torch.compile(self.model) if compiled else self.model
         self.optimizer = self.model.optimizer(1e-3, 0.1, (0.9, 0.95))
         self.autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)

@@ -24,7 +24,7 @@ import token_moe
 import train
 from lory import Lory, UserError, load_checkpoint, save_checkpoint
 from test_experiments import expert, moved, sharp, small
-from token_moe import ApartLory, ExpertChoiceFFN, MixtralFFN, SwitchFFN
+from token_moe import ApartLory, BalancedLory, ExpertChoiceFFN, MixtralFFN, SwitchFFN
 
 TOKEN_CHOICE = pytest.mark.parametrize('layer', [SwitchFFN, MixtralFFN])
 
@@ -114,6 +114,15 @@ def test_token_choice_equals_a_loop_over_tokens(layer, bias):
 
 
 @TOKEN_CHOICE
+def test_the_layers_losses_count_in_training_alone(layer):
+    model, (idx, targets) = sharp(BalancedLory(small(), ffn=layer)), torch.randint(50, (2, 2, 15))
+    plain, paid = model.eval()(idx, targets)[1], model.train()(idx, targets)[1]
+    added = sum(block.ffn.aux_loss for block in model.blocks)
+    assert_close(paid - plain, added)
+    assert added > 0 and model(idx)[1] is None and len(model(idx, targets, return_routing=True)) == 3
+
+
+@TOKEN_CHOICE
 def test_bfloat16_pads_the_rows_of_an_expert_and_changes_nothing_else(layer):
     """Output and gradients are those of float32 but for rounding."""
     ffn = sharp(layer(small()), scale=1.0).float()
@@ -152,7 +161,7 @@ def apart(p, K=1):
 
 @TOKEN_CHOICE
 def test_in_warm_up_the_model_is_the_dense_one_and_then_experts_part(layer):
-    dense, model = Lory(small(n_experts=1)), Lory(small(), ffn=layer)
+    dense, model = Lory(small(n_experts=1)), BalancedLory(small(), ffn=layer)
     steps = [m.optimizer(0.001, 0.1, (0.9, 0.95)) for m in (dense, model)]
     stacked = [p for p in model.parameters() if p.dim() == 3]
     for step in range(25):

@@ -9,7 +9,8 @@ Train a mixture of experts that routes every token by itself: the sparse baselin
 
 The model and the loop are Lory's, only the layer differs. Routers aside, each has as many parameters as a
 Lory of n_experts, active and total. Nothing is merged, so segment_len, routing and first_segment do not
-matter. To load a checkpoint, give load_checkpoint `build=functools.partial(Lory, ffn=SwitchFFN)`.
+matter. To load a checkpoint, give load_checkpoint `build=functools.partial(Lory, ffn=SwitchFFN)`, or to train
+it on a loop of your own, BalancedLory.
 """
 import math
 import os
@@ -90,6 +91,7 @@ class TokenChoiceFFN(LoryFFN):
     loss jumps, and training has to recover.
     """
     K = 1
+    aux_loss = 0.0  # of the last pass in training
 
     def __init__(self, config):
         super().__init__(config)
@@ -168,7 +170,17 @@ class MixtralFFN(TokenChoiceFFN):
 LAYERS = {'expert_choice': ExpertChoiceFFN, 'switch': SwitchFFN, 'mixtral': MixtralFFN}
 
 
-class ApartLory(Lory):
+class BalancedLory(Lory):
+    """In training the layers' own losses are added to that of the text."""
+
+    def forward(self, idx, targets=None, return_routing=False):
+        logits, loss, *routing = super().forward(idx, targets, return_routing)
+        if self.training and targets is not None:
+            loss = loss + sum(block.ffn.aux_loss for block in self.blocks)
+        return logits, loss, *routing
+
+
+class ApartLory(BalancedLory):
     """Each expert begins with numbers of its own, where in Lory all begin with the same."""
 
     @torch.no_grad()
@@ -187,8 +199,9 @@ def main(argv=None):
     add_flag(parser, 'layer', 'expert_choice', 'what routes, and how', choices=list(LAYERS))
     own, argv = parser.parse_known_args(argv)
     ffn, model = LAYERS[own.layer], Lory
-    if issubclass(ffn, TokenChoiceFFN) and train.flags().parse_args(argv).dense_warmup == 0:
-        model = ApartLory  # as in the papers. Later on, the run's checkpoints bring its weights.
+    if issubclass(ffn, TokenChoiceFFN):
+        # Without warm-up as in the papers. Later on, the run's checkpoints bring its weights.
+        model = BalancedLory if train.flags().parse_args(argv).dense_warmup else ApartLory
     return train.main(argv, build=partial(model, ffn=ffn))
 
 
