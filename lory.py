@@ -14,9 +14,9 @@ It stays autoregressive by *causal segment routing*: the mean hidden state of se
                  segment 1            segment 2            segment 3
                x_1  ...  x_T       x_T+1 ... x_2T     x_2T+1 ... x_3T    entering the FFN        (B, N, T, D)
                      |                    |                   |
-                   mean                 mean           (routes nothing)  h, one for each segment (B, N, D)
+                   mean                 mean           (routes nothing)  h, of all but the last  (B, N-1, D)
                      |                    |
-                   router               router                           softmax                 (B, N, E)
+                   router               router                           softmax                 (B, N-1, E)
     prior or         `---------.          `---------.
     own mean                   |                    |                    shifted by one segment
         |                      |                    |
@@ -24,7 +24,7 @@ It stays autoregressive by *causal segment routing*: the mean hidden state of se
         |                      |                    |
   FFN Σ e(1)_i θ_i     FFN Σ e(2)_i θ_i     FFN Σ e(3)_i θ_i             one merged FFN per segment
 
-Nothing comes before segment 1. A learned prior routes it or, as in the paper, its own mean (`LoryFFN.route`).
+Nothing comes before segment 1. It is routed by a learned prior, or by its own mean (the paper's rule).
 
 One letter, one meaning, in every shape comment:
 
@@ -32,8 +32,8 @@ One letter, one meaning, in every shape comment:
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
     N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
-    h  mean of a segment (..., D)  e  routing weights (B, N, E)              n   a segment (paper: k): e(n)
-    W  merged weights (B, N, in, out), where in and out are D and H, or H and D
+    h  mean of a segment (..., D)  e  routing weights (..., E)               n   a segment (paper: k): e(n)
+    W  merged weights (..., in, out), where in and out are D and H, or H and D
 
 Ours, not the paper's: the learned prior, which is the router's bias; experts that begin equal, and dense
 warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has what
@@ -162,7 +162,7 @@ class LoryFFN(nn.Module):
         B, L, D = x.shape
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
-        # The last segment is padded with zeros. They change nothing, for it routes nothing.
+        # Zeros may fill up the last segment. No router sees it, and what comes out for them is cut off.
         x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         # This is swiglu(x, *self.merge_experts(e)), without keeping merged weights for the backward pass.
@@ -300,7 +300,8 @@ class Lory(nn.Module):
 
         The router must not begin at zero, or experts would stay equal for ever. A router of zero gives them
         equal gradients. Equal experts give the router none: all de_i are equal, and then the softmax passes
-        nothing on. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns."""
+        nothing on. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns.
+        (dθ is the gradient of θ: see `merged_linear`.)"""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -350,7 +351,7 @@ class Lory(nn.Module):
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
             elif '.router.' in name:
-                p.grad.zero_()  # equal experts give it rounding alone, which Adam would scale up
+                p.grad.zero_()  # of equal experts it is a rounding error, which Adam would scale up
 
     @torch.no_grad()
     def tie_experts(self):
@@ -381,7 +382,7 @@ class Lory(nn.Module):
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
         """Continue prompts (B, L) of equal length, since padding would count in the mean that routes. Yields
-        the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+        the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 leave out none."""
         logits, _, caches = self.prefill(idx)
         for _ in range(max_new_tokens):
             token = draw(logits, temperature, top_k, top_p)
@@ -432,7 +433,7 @@ def draw(logits, temperature, top_k, top_p):
     if top_k > 0:
         share = share[:, :top_k]  # (B, top_k), the likeliest
     share = share / share.sum(-1, keepdim=True)
-    share = share * (share.cumsum(-1) - share <= top_p)  # keep a token while likelier ones hold at most top_p
+    share = share * (share.cumsum(-1) - share <= top_p)  # keep while likelier ones sum to top_p at most
     return token.gather(-1, torch.multinomial(share, 1))[:, 0]
 
 
@@ -444,6 +445,7 @@ def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
     kind = type(default)
 
     def parse(text):
+        # An argument's type must raise ValueError: int and float do, and so does index.
         value = bool(['false', 'true'].index(text.lower())) if kind is bool else kind(text)
         if kind is not str and not low <= value < below:
             raise argparse.ArgumentTypeError(f'{text} is not in {low} <= {name} < {below}')
@@ -528,7 +530,7 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
         if not damaged and ckpt['format'] == FORMAT:
             return ckpt
-    raise UserError(f'cannot read {path}: damaged, too large or not of format {FORMAT}: choose another.')
+    raise UserError(f'cannot read {path}: damaged, too large, or not of format {FORMAT}; choose another.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

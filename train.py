@@ -89,10 +89,11 @@ def main(argv=None, build=Lory):
     """One run -> its exit code. With build=partial(Lory, ffn=MyFFN) it trains an FFN of your own."""
     # --- settings ---
     args, config, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
-    device, dtype = pick_device(args)
+    device, dtype = pick_device(args)  # dtype: of the matmuls; weights and Adam's averages are float32
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     pieces = args.gradient_accumulation_steps
-    micro, left_over = divmod(args.batch_size, world * pieces)  # micro: sequences in a forward pass
+    # An update is made of `pieces` forward passes on each rank, each of `micro` sequences.
+    micro, left_over = divmod(args.batch_size, world * pieces)
     if left_over:
         raise UserError(f'batch_size must be a multiple of {world * pieces}, ranks times accumulation steps.')
     if world > 1:
@@ -100,6 +101,7 @@ def main(argv=None, build=Lory):
         gpu = torch.device(device) if 'cuda' in device else None
         dist.init_process_group('nccl' if gpu else 'gloo', device_id=gpu, timeout=timedelta(days=7))
     autocast = torch.autocast(device.split(':')[0], dtype=dtype, enabled=dtype != torch.float32)
+    # Small gradients are zero in float16. The scaler multiplies the loss, and divides the gradients again.
     scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == torch.float16)
 
     def say(text):
@@ -132,7 +134,8 @@ def main(argv=None, build=Lory):
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    step, losses, rows = 0, [], []  # with model, optimizer, scaler and tied_until, all that a run carries
+    # All that a run carries, with model, optimizer, scaler and tied_until. A checkpoint has it.
+    step, losses, rows = 0, [], []
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_averages(model, optimizer, saved['optimizer']['state'])
@@ -168,18 +171,20 @@ def main(argv=None, build=Lory):
             scaler.scale(micro_loss).backward()
             total += micro_loss.detach()
         scaler.unscale_(optimizer)
-        if step < tied_until:
+        tied = step < tied_until
+        if tied:
             model.tie_gradients()  # dense warm-up (Sec. 4.1): equal experts get equal gradients
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if step < tied_until:
+        if tied:
             model.tie_experts()
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
-        # In float16 the scaler finds gradients that overflow, and skips the step.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        # In float16 gradients may overflow: the scaler has seen it, and has skipped the step.
+        finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+        if not finite:
             raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
                             '--learning_rate, with --init_from=resume if there is a checkpoint.')
         losses.append(loss)
@@ -188,7 +193,7 @@ def main(argv=None, build=Lory):
         # --- report ---
         if step % args.log_interval == 0:
             mean = statistics.fmean(losses[-args.log_interval:])
-            # Counts <|endoftext|>, which a validation leaves out.
+            # The loss counts <|endoftext|>, which a validation leaves out.
             bpb = mean / math.log(2) * len(data.train.tokens) / data.meta['train']['bytes']
             seconds = statistics.median(times[-args.log_interval:])
             tok_s = args.batch_size * args.block_size / seconds
@@ -201,7 +206,7 @@ def main(argv=None, build=Lory):
         # --- validate ---
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
-            figures, routing = evaluate(model, windows, token_bytes, micro, autocast, step <= tied_until)
+            figures, routing = evaluate(model, windows, token_bytes, micro, autocast, tied)
             rows.append(dict(step=step, **figures))
             used = f' | experts in use {figures["experts"]:.0%}' if 'experts' in figures else ''
             domains = ', '.join(f'{name} {figures[f"bpb_{name}"]:.3f}' for name in windows)
@@ -214,8 +219,8 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: a crash between the two leaves the older ckpt.pt, from which both are made
-                # again. Best is judged after segment 1, which with first_segment=self sees ahead.
+                # best.pt first: after a crash between the two, a run that goes on from the older ckpt.pt
+                # writes both again. Segment 1 does not count: with first_segment=self it sees ahead.
                 if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
@@ -372,7 +377,7 @@ def validation_windows(split, domains, L, limit=0):
     for d, name in enumerate(domains):
         # prepare.py writes domain by domain. This one ends where the first document of the next one begins.
         lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]
-        starts = range(lo, hi - L, L) or range(lo, hi - 1, L)
+        starts = range(lo, hi - L, L) or range(lo, hi - 1, L)  # the second for a domain of up to L tokens
         if 0 < limit < len(starts):
             starts = [starts[i * len(starts) // limit] for i in range(limit)]
         if starts:

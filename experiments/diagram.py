@@ -52,12 +52,11 @@ def segment(ax, k):
     arrow(ax, (mix + 0.6, 15.2), (mix + 0.6, 13.7), '0.55')  # all experts come down into the mix
     arrow(ax, (tokens - 1.2, 13.6), (tokens - 1.2, 16.2))
 
-    arrow(ax, (mix - 1.6, 5.1), (mix - 1.6, 6))
-    last = k == len(TEXTS) - 1
-    box(ax, x, 6, 3.4, 1.7, 'mean, router,\nsoftmax', '#dfe8f2', fontsize=8.5)
-    if last:
-        ax.text(x + 3.6, 6.85, 'routes\nnothing', va='center', fontsize=8.5, color=LAG)
+    if k == len(TEXTS) - 1:
+        ax.text(mix - 1.6, 6, 'routes\nnothing', ha='center', va='center', fontsize=8.5, color=LAG)
     else:
+        arrow(ax, (mix - 1.6, 5.1), (mix - 1.6, 6))
+        box(ax, x, 6, 3.4, 1.7, 'mean, router,\nsoftmax', '#dfe8f2', fontsize=8.5)
         arrow(ax, (x + 1.7, 7.7), (mix + STEP - 0.5, 9.5), LAG, connectionstyle='angle3,angleA=0,angleB=60')
 
 

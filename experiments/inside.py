@@ -169,7 +169,7 @@ def draw(results):
             curve = np.mean([r[name] for r in runs], 0)
             a.plot(np.arange(4, len(curve), 8), curve.reshape(-1, 8).mean(1), style,
                    marker='.', label={'other': "another window's weights"}.get(name, name))
-        a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token', ylim=(3.3, 4.7))
+        a.set(title=f'{kind}: segment 1', xlabel='position', ylabel='nats a token', ylim=(3.2, 4.7))
         a.legend(fontsize=8)
     with atomic_open(f'{ROOT}/assets/inside.png') as f:
         fig.savefig(f, format='png', dpi=100)
