@@ -762,7 +762,8 @@ def test_validation_windows_of_long_short_and_empty_domains(L, limit, starts):
 def test_validation_against_one_token_at_a_time(run_home):
     """With bytes counted from the decoded text, in which the end of a document has none."""
     data = prepare.load_dataset(run_home / 'data/own', 64)
-    model, _ = load_checkpoint(run_home / 'whole/ckpt.pt')
+    model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
+    assert [row['step'] for row in ckpt['rows'] if 'experts' in row] == [20, 30], 'tied experts are not counted'
     tokenizer = prepare.load_tokenizer(data.tokenizer)
     windows = train.validation_windows(data.val, ['cpp', 'prose'], 64)
     for name, chosen in windows.items():  # windows with the end of a document first
@@ -963,6 +964,8 @@ def test_two_ranks_equal_one(run_home):
         rtol, atol = (2e-3, 1e-2) if 'half' in name else (1e-5, 5e-5)
         assert_close(others, figures, rtol=rtol, atol=0)  # every loss and figure of the log
         assert_close(other_weights, weights, rtol=0, atol=atol)  # Adam scales rounding up
+        scaler = load_checkpoint(run_home / name / 'ckpt.pt')[1]['scaler']
+        assert scaler.get('_growth_tracker') == {'half': 12, 'one-half': 4}.get(name)  # steps in float16
 
 
 @pytest.mark.parametrize('name, result', [('over_ranks', (math.inf, 1.0, False)),  # the loss of an update

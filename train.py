@@ -38,8 +38,7 @@ from experiments.report import plot, write_log
 from lory import (Lory, LoryConfig, UserError, add_flag, make_parser, read_checkpoint, run_script,
                   save_checkpoint, usable_device)
 
-# Two of the paper's models, with its schedule (Sec. 4.1, G.3). --preset=0.3b is its 0.3B/8E; the dense 0.3B
-# takes --n_experts=1.
+# Two of the paper's models, with its schedule (Sec. 4.1, G.3). With --n_experts=1 they are its dense ones.
 PAPER = dict(block_size=4096, segment_len=256, first_segment='self', tie_embeddings=False, batch_size=256,
              max_iters=143_000, learning_rate=2e-4)
 PRESETS = {'': {},
@@ -139,8 +138,7 @@ def main(argv=None, build=Lory):
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_averages(model, optimizer, saved['optimizer']['state'])
-        if saved['scaler']:  # {} if the run was not in float16
-            scaler.load_state_dict(saved['scaler'])
+        scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} if the run was not in float16
         say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}')
     saved = None  # free its memory
     epochs = args.max_iters * args.batch_size * args.block_size / len(data.train.tokens)
@@ -183,8 +181,7 @@ def main(argv=None, build=Lory):
         step += 1
         loss, norm, stop = over_ranks(total, norm, len(signals), world)
         # In float16 gradients may overflow: the scaler has seen it, and has skipped the step.
-        finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-        if not finite:
+        if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
             raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
                             '--learning_rate, with --init_from=resume if there is a checkpoint.')
         losses.append(loss)
@@ -276,11 +273,10 @@ def pick_device(args):
     if device in ('auto', 'cuda') and torch.cuda.is_available():
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     device = usable_device(device)
+    has_bfloat16 = device == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16')
     if 'cuda' in device:
         torch.cuda.set_device(device)
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16')
     if dtype == 'auto':
         dtype = 'bfloat16' if has_bfloat16 else 'float32'
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':

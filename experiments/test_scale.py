@@ -22,8 +22,8 @@ from torch.testing import assert_close
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import train
-from experiments.fsdp import load_averages
-from lory import Lory, LoryConfig, read_checkpoint, save_checkpoint
+from experiments.fsdp import load_averages, shard
+from lory import Lory, LoryConfig, UserError, read_checkpoint, save_checkpoint
 from shard import update
 
 ADAM = dict(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
@@ -83,6 +83,8 @@ def test_a_wrapped_model_is_compiled(shard, checkpointing, tmp_path, monkeypatch
 def rank_of_four(rank, folder):
     """A rank of a sharded model, from its first number to its file and back; fewer experts than ranks."""
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=4)
+    with pytest.raises(UserError, match='divide'), torch.device('meta'):
+        shard(Lory(config(n_embd=18, n_head=1)), 'cpu', 4, seed=1)
     for tied in (True, False):
         shape, name = config(tie_embeddings=tied, n_experts=3), f'{folder}/tied-{tied}.pt'
         with torch.device('meta'):

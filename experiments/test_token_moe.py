@@ -116,7 +116,7 @@ def test_token_choice_equals_a_loop_over_tokens(layer, bias):
 @TOKEN_CHOICE
 def test_the_layers_losses_count_in_training_alone(layer):
     model, (idx, targets) = sharp(BalancedLory(small(), ffn=layer)), torch.randint(50, (2, 2, 15))
-    plain, paid = model.eval()(idx, targets)[1], model.train()(idx, targets)[1]
+    paid, plain = model.train()(idx, targets)[1], model.eval()(idx, targets)[1]
     added = sum(block.ffn.aux_loss for block in model.blocks)
     assert_close(paid - plain, added)
     assert added > 0 and model(idx)[1] is None and len(model(idx, targets, return_routing=True)) == 3
