@@ -763,7 +763,8 @@ def test_validation_against_one_token_at_a_time(run_home):
     """With bytes counted from the decoded text, in which the end of a document has none."""
     data = prepare.load_dataset(run_home / 'data/own', 64)
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
-    assert [row['step'] for row in ckpt['rows'] if 'experts' in row] == [20, 30], 'tied experts are not counted'
+    counted = [row['step'] for row in ckpt['rows'] if 'experts' in row]
+    assert counted == [20, 30], 'tied experts are not in use'
     tokenizer = prepare.load_tokenizer(data.tokenizer)
     windows = train.validation_windows(data.val, ['cpp', 'prose'], 64)
     for name, chosen in windows.items():  # windows with the end of a document first

@@ -1,9 +1,9 @@
 """
 `train.py --shard`: each rank keeps a slice of every parameter, of its gradient and of Adam's averages.
 
-The paper trains this way (Sec. 4.1). It is PyTorch's FSDP2, that is ZeRO stage 3 (arXiv:1910.02054): a block's
-parameters are gathered only while it runs. shard.py measures what that saves; README.md tells it under "Many
-GPUs".
+The paper trains this way (Sec. 4.1). It is PyTorch's FSDP2, that is ZeRO stage 3 (arXiv:1910.02054):
+a block's parameters are gathered only while it runs. shard.py measures what that saves; see "Many GPUs" in
+README.md.
 """
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard

@@ -15,7 +15,7 @@ def write_log(path, rows):
 
 
 def plot(out_dir, rows, domains, routing):
-    """loss.png from the log's rows. experts.png, as in Fig. 6, from routing (n_domains, n_layer, E), if any."""
+    """loss.png from the log's rows; experts.png, as in Fig. 6, of routing (n_domains, n_layer, E), if any."""
     plot_loss(rows, domains).savefig(f'{out_dir}/loss.png', dpi=110)
     if routing is not None:
         plot_routing(routing, domains).savefig(f'{out_dir}/experts.png', dpi=110)
