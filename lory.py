@@ -191,9 +191,9 @@ class LoryFFN(nn.Module):
 def merged_linear(x, e, theta):
     """x W with W = merge(e, θ). x (B, N, T, in), e (B, N, E), θ (E, in, out) -> (B, N, T, out)
 
-    Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So
-    `checkpoint` merges once more in the backward pass, for E/T of the multiply-adds of x W (App. B). From
-    y = x W and W = Σ_i e_i θ_i autograd then computes:
+    Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So,
+    unlike the paper, `checkpoint` merges once more in the backward pass. That costs E/T of the multiply-adds
+    of x W. From y = x W and W = Σ_i e_i θ_i autograd then computes:
 
         dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
     """

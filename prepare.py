@@ -10,7 +10,7 @@ begins. So the paper puts similar documents next to each other (Sec. 3.2, App. C
 shuffled text are mostly better: experiments/README.md.) TF-IDF and exact search stand for the paper's
 Contriever and FAISS: they need no model and no GPU, and find the same order on every machine.
 
-    train.bin, val.bin            token ids, little-endian uint16 or uint32, documents after <|endoftext|>
+    train.bin, val.bin            token ids, little-endian uint16 or uint32, <|endoftext|> before a document
     train_docs.npz, val_docs.npz  start int64 (n_docs + 1), offsets into the .bin; domain uint8 (n_docs)
     tokenizer.json                name, pattern, special_tokens, tokens (bytes in base64, in rank order)
     meta.json                     format, vocab_size, eot, dtype, domains, arguments, seed, versions; tokens,
@@ -188,8 +188,8 @@ def hold_out(docs, val_fraction):
     """About `val_fraction` of the bytes of each domain, but at most MAX_VAL in all. -> validation, training
 
     Sources are held out whole as long as they fit, in the order of the sha1 of their names, whatever the
-    seed: no file is on both sides. If that gives less than half of a domain's goal, the end of its longest
-    document is cut off and held out, too."""
+    seed. If that gives less than half of a domain's goal, the end of its longest document is cut off and held
+    out, too. No other file is on both sides."""
     docs, held, domains = list(docs), set(), defaultdict(Counter)  # domain -> source -> its bytes
     for doc in docs:
         domains[doc.domain][doc.source] += len(doc.text.encode())

@@ -6,9 +6,9 @@ Train a Lory, or its dense baseline.
     python train.py --init_from=resume                 go on where the run in out/ stopped
     torchrun --nproc_per_node=4 train.py               data parallel, GPUs or CPUs; --shard splits the model
 
-A run leaves in out_dir: ckpt.pt (latest), best.pt (best after segment 1), log.csv, loss.png and, once experts
-are free, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from ckpt.pt as if never stopped,
-on a CPU bit for bit.
+A run leaves in out_dir: ckpt.pt (latest), best.pt (least validation loss, segment 1 not counted), log.csv,
+loss.png and, after dense warm-up, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from
+ckpt.pt as if never stopped, on a CPU bit for bit.
 """
 import ctypes
 import gc
@@ -29,11 +29,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.checkpoint import checkpoint
 
 import prepare
-from experiments.fsdp import load_averages, shard
+from experiments.parallel import load_averages, wrap
 from experiments.report import plot, write_log
 from lory import (Lory, LoryConfig, UserError, add_flag, make_parser, read_checkpoint, run_script,
                   save_checkpoint, usable_device)
@@ -59,11 +57,11 @@ def flags():
     flag('out_dir', 'out', 'where the run leaves its checkpoints, log and pictures; one run at a time')
     flag('init_from', 'scratch', 'scratch; resume: go on from out_dir/ckpt.pt; or a checkpoint to start from')
     flag('max_iters', 6000, 'updates in the whole run', low=1)
-    flag('batch_size', 4, 'sequences in an update, over all ranks and accumulation steps', low=1)
+    flag('batch_size', 4, 'sequences in an update, all ranks and accumulation steps together', low=1)
     flag('gradient_accumulation_steps', 1, 'forward passes of an update on each rank, to save memory', low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs; 150 updates suffice', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs, 300 updates of 6000', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -238,7 +236,7 @@ def main(argv=None, build=Lory):
     return 0
 
 
-# --- Settings, and the model as they say. ---
+# --- Settings. ---
 
 def read_settings(argv):
     """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: first to find the
@@ -285,22 +283,6 @@ def pick_device(args):
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     return device, getattr(torch, dtype)
-
-
-def wrap(model, args, device, world):
-    """-> the model as the loop runs it, on its device. DDP wraps it, the rest changes it in place."""
-    if args.activation_checkpointing:
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    if args.compile:
-        for part in model.blocks if args.shard else [model]:
-            # Not part.compile(): inside FSDP2's hooks torch would not compile a checkpointed block.
-            part.forward = torch.compile(part.forward)
-    if args.shard:
-        shard(model, device, world, args.seed)
-        return model
-    model.to(device)
-    return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 # --- An update. Window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
@@ -389,7 +371,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
        positions and after segment 1 ("later"). Unless tied, the share of experts in use. An expert is in use
        if its weight exceeds 2/E (App. G.1) in any of these windows. (The paper looks at 10 training steps.)
     -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied.
-    The last two leave out segment 1, unless there is no other."""
+    Experts in use and routing weights leave out segment 1, unless there is no other."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len
     device = token_bytes.device
     figures, routing = {}, torch.zeros(len(windows), n_layer, E, device=device)

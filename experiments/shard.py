@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_st
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import train
-from experiments.fsdp import load_averages
+from experiments.parallel import load_averages, wrap
 from lory import Lory, LoryConfig, atomic_open, make_parser, read_checkpoint, run_script, save_checkpoint
 
 RESULTS, FILE = f'{HERE}/shard.json', 'ckpt.pt'
@@ -186,7 +186,7 @@ def train_and_measure(part, config, folder):
     def start():
         with torch.device('meta' if args.shard else 'cpu'):
             model = Lory(config)
-        running = train.wrap(model, args, 'cpu', world)
+        running = wrap(model, args, 'cpu', world)
         return model, running, model.optimizer(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
 
     def resume():

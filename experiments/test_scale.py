@@ -22,7 +22,7 @@ from torch.testing import assert_close
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import train
-from experiments.fsdp import load_averages, shard
+from experiments.parallel import load_averages, shard, wrap
 from lory import Lory, LoryConfig, UserError, read_checkpoint, save_checkpoint
 from shard import update
 
@@ -70,7 +70,7 @@ def test_a_wrapped_model_is_compiled(shard, checkpointing, tmp_path, monkeypatch
         with torch.device('meta' if shard else 'cpu'):
             model = Lory(config(), seed=1)
         args = Namespace(compile=True, shard=shard, activation_checkpointing=checkpointing, seed=1)
-        running = train.wrap(model, args, 'cpu', 1)
+        running = wrap(model, args, 'cpu', 1)
         loss = update(model, running, model.optimizer(**ADAM), idx, tied=False)
     finally:
         dist.destroy_process_group()
@@ -90,7 +90,7 @@ def rank_of_four(rank, folder):
         with torch.device('meta'):
             model = Lory(shape)
         args = Namespace(shard=True, compile=False, activation_checkpointing=False, seed=1337)
-        train.wrap(model, args, 'cpu', 4)
+        wrap(model, args, 'cpu', 4)
         assert (model.head.weight is model.embed.weight) == tied
         whole = Lory(shape)
         same(model.state_dict(), whole.state_dict())

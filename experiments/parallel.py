@@ -1,16 +1,37 @@
 """
-`train.py --shard`: each rank keeps a slice of every parameter, of its gradient and of Adam's averages.
+What train.py does to a model for speed and size: recomputing, compiling, DDP, FSDP2.
 
-The paper trains this way (Sec. 4.1). It is PyTorch's FSDP2, that is ZeRO stage 3 (arXiv:1910.02054):
-a block's parameters are gathered only while it runs. shard.py measures what that saves; see "Many GPUs" in
-README.md.
+With `--shard` each rank keeps a slice of every parameter, of its gradient and of Adam's averages, as in the
+paper (Sec. 4.1). That is PyTorch's FSDP2, or ZeRO stage 3 (arXiv:1910.02054): a block's parameters are
+gathered only while it runs. shard.py measures what it saves; see "Many GPUs" in experiments/README.md.
 """
+from functools import partial
+
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from lory import UserError
+
+
+def wrap(model, args, device, world):
+    """-> the model as the loop runs it, on its device. DDP wraps it, the rest changes it in place."""
+    if args.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    if args.compile:
+        for part in model.blocks if args.shard else [model]:
+            # Not part.compile(): inside FSDP2's hooks torch would not compile a checkpointed block.
+            part.forward = torch.compile(part.forward)
+    if args.shard:
+        shard(model, device, world, args.seed)
+        return model
+    model.to(device)
+    return DDP(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 def shard(model, device, world, seed):
