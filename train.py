@@ -107,6 +107,7 @@ def main(argv=None, build=Lory):
                 print(text)
 
     # --- data ---
+    # Rank 0 prepares what is missing while the others wait. Then all map the same files.
     if args.dataset == 'builtin' and rank == 0 and not os.path.exists('data/builtin/meta.json'):
         say('preparing the built-in corpus, for about a minute')
         prepare.main([])
@@ -130,6 +131,7 @@ def main(argv=None, build=Lory):
     # Dense warm-up needs equal experts: new ones, or those filled from a dense checkpoint.
     equal = config.n_experts > 1 and (saved is None or saved['config']['n_experts'] == 1)
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
+    # Made after sharding, the optimizer holds averages of this rank's share alone.
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
     # All that a run carries, with model, optimizer, scaler and tied_until. A checkpoint has it.
     step, losses, rows = 0, [], []
@@ -300,7 +302,8 @@ def learning_rate(step, args):
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    n_windows = max(1, (n_tokens - L) // L)  # one fewer than fit, as room for the offset
+    # The offset cuts the text elsewhere in each epoch. One window fewer than fit leaves room for it.
+    n_windows = max(1, (n_tokens - L) // L)
     rng = np.random.default_rng([seed, epoch])
     return rng.integers(min(L, n_tokens - n_windows * L)) + L * rng.permutation(n_windows)
 
@@ -379,7 +382,8 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     model.eval()
     for d, (name, chosen) in enumerate(windows.items()):
         L = len(chosen[0]) - 1  # the same in all windows of a domain
-        totals = torch.zeros(3, L, device=device)  # nats, bytes and tokens at each position
+        # Summed position by position, so that segment 1 can be left out at the end.
+        totals = torch.zeros(3, L, device=device)  # nats, bytes and tokens
         for i in range(0, len(chosen), micro):
             x, y = to_xy(chosen[i:i + micro], device)  # (B, L) both
             with autocast:
