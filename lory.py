@@ -138,7 +138,8 @@ class LoryFFN(nn.Module):
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        before = x[:, :-1]  # (B, N - 1, T, D): segment n-1 routes segment n, and the last one routes nothing
+        # Segment n-1 routes segment n. So the last routes nothing, and a lone one leaves nothing to route.
+        before = x[:, :-1]  # (B, N - 1, T, D), empty if N = 1
         if self.routing == 'prefix':
             before = x[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): segment 1 routes all later ones
         if self.first_segment == 'prior':
