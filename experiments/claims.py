@@ -1,5 +1,6 @@
 """
-The paper's claims in miniature: the runs behind the README's tables, three seeds each, and the tables.
+The paper's claims in miniature: the runs behind the README's tables, three seeds each (four
+layers half as long: six), and the tables.
 
     python experiments/claims.py                    train what the main table lacks, two runs at a time
     python experiments/claims.py --train e8 dense   train these groups
@@ -31,6 +32,7 @@ import prepare
 from lory import UserError, add_flag, atomic_open, make_parser, run_script
 
 SEEDS = (1337, 1, 2)
+MORE_SEEDS = {'dense half 4 layers': (3, 4, 5), 'e8 half 4 layers': (3, 4, 5)}  # where seeds differ most
 GROUPS = {  # in the order in which they are made
     'dense': '--n_experts=1',
     'e8 T256': '--n_experts=8 --segment_len=256',
@@ -175,6 +177,10 @@ def commit():
     return name + '-dirty' if changed else name
 
 
+def seeds_of(group):
+    return SEEDS + MORE_SEEDS.get(group, ())
+
+
 def flag_of(group, name, default):
     return f'{GROUPS[group]} --{name}={default}'.split(f'--{name}=')[1].split()[0]
 
@@ -192,7 +198,7 @@ def table(name=TABLE):
         with open(path, newline='', encoding='utf-8') as f:
             rows = list(csv.DictReader(f))
         unknown = {f'{r["group"]} {r["seed"]}' for r in rows
-                   if r['group'] not in GROUPS or int(r['seed']) not in SEEDS}
+                   if r['group'] not in GROUPS or int(r['seed']) not in seeds_of(r['group'])}
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}): take it from git again.') from e
     if unknown:  # never dropped: they would be lost when it is written
@@ -203,7 +209,8 @@ def table(name=TABLE):
 
 def place(row):
     """Where a row stands in the table."""
-    return list(GROUPS).index(row['group']), SEEDS.index(int(row['seed'])), int(row['step'])
+    group = row['group']
+    return list(GROUPS).index(group), seeds_of(group).index(int(row['seed'])), int(row['step'])
 
 
 def last(group, rows):
@@ -241,7 +248,7 @@ def report(rows):
             runs = {seed: r for seed, r in last(group, rows).items() if seed in bases}
             if not runs:
                 continue
-            note = '' if len(runs) == len(SEEDS) else f', seed {", ".join(map(str, runs))} only'
+            note = '' if len(runs) == len(seeds_of(group)) else f', seed {", ".join(map(str, runs))} only'
             for later in ('', 'later_') if 'T256' in group else ('',):
                 bpb = 'later_bpb' if later else 'val_bpb'
                 print(f'| {group}{note}{", after segment 1" if later else ""} | '
@@ -337,8 +344,8 @@ def main():
     args = parser.parse_args()
     rows = table()
     have = {(r['group'], int(r['seed'])) for r in rows}
-    missing = [(group, seed) for seed in SEEDS for group in GROUPS
-               if group in args.train and (group, seed) not in have]
+    missing = [(group, seed) for group in GROUPS if group in args.train for seed in seeds_of(group)
+               if (group, seed) not in have]
     if missing:
         os.makedirs('runs', exist_ok=True)
         wanted = {dataset_of(group) for group, _ in missing}
