@@ -31,9 +31,10 @@ One letter, one meaning, in every shape comment:
     B  sequences in a batch        D  n_embd, model width (paper: d)         V   vocab_size
     L  tokens in a sequence        H  ffn_hidden, FFN width (paper: d')      nh  n_head
     T  segment_len, at most L      E  n_experts                              hs  head size, D / nh
-    N  segments, ceil(L / T)       θ  all experts, stacked (E, in, out)      i   an expert: θ_i (in, out)
-    h  mean of a segment (..., D)  e  routing weights (..., E)               n   a segment (paper: k): e(n)
-    W  merged weights (..., in, out), where in and out are D and H, or H and D
+    N  segments, ceil(L / T)       e  routing weights (..., E)               i   an expert
+    h  mean of a segment (..., D)                                            n   a segment (paper: k)
+    θ  weights of all experts, stacked (E, in, out) for each of an FFN's three matrices
+    W  merged weights of a matrix (..., in, out); in and out are D and H, or H and D
 
 Ours, not the paper's: the learned prior, which is the router's bias; experts that begin equal, and dense
 warm-up by tying their gradients; merging again in the backward pass; tied embeddings. (README.md has what
@@ -138,8 +139,8 @@ class LoryFFN(nn.Module):
 
     def route(self, x):
         """Causal segment routing (Sec. 3.1, Eq. 3). Segments (B, N, T, D) -> routing weights (B, N, E)"""
-        # Segment n-1 routes segment n. So the last routes nothing, and a lone one leaves nothing to route.
-        before = x[:, :-1]  # (B, N - 1, T, D), empty if N = 1
+        # Segment n-1 routes segment n, so the last one is not needed here.
+        before = x[:, :-1]  # (B, N - 1, T, D); empty if N = 1
         if self.routing == 'prefix':
             before = x[:, :1].expand_as(before)  # prefix routing (Sec. 5.1): segment 1 routes all later ones
         if self.first_segment == 'prior':
@@ -155,7 +156,8 @@ class LoryFFN(nn.Module):
         return [merge(e, theta) for theta in (self.gate, self.up, self.down)]
 
     def forward(self, x, cache=None):
-        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E); N = 1 if cached or dense"""
+        """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, 1) in a dense
+        model. `cache` is for generation: skip it at first."""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -179,11 +181,11 @@ class LoryFFN(nn.Module):
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
-        """The prompt (B, L, D), then one token (B, 1, D) per call. -> output of the same shape, the prompt's
-        routing weights (B, 1, E)"""
-        if cache.merged is None:  # this is the prompt
+        """Generation: the prompt (B, L, D), then one token (B, 1, D) per call, with the same `Cache` (below).
+        -> output of the same shape, the prompt's routing weights (B, 1, E)"""
+        if cache.merged is None:  # a new cache: x is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
-            cache.merged = self.merge_experts(cache.e[:, 0])  # (B, E): one FFN per sequence
+            cache.merged = self.merge_experts(cache.e[:, 0])  # of (B, E): one merged FFN per sequence
         return swiglu(x, *cache.merged), cache.e
 
 
@@ -277,8 +279,8 @@ class Lory(nn.Module):
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
-    a config, takes (x, cache) and returns (output, routing weights). `init_weights` draws its parameters, of
-    which any with three dimensions counts as stacked experts (E, in, out). Its submodule `router` gets no
+    a config, takes (x, cache) and returns (output, routing weights). `init_weights` draws its parameters. Any
+    of three dimensions is taken for stacked experts (E, in, out). A submodule called `router` gets no
     gradient in dense warm-up."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
@@ -300,9 +302,9 @@ class Lory(nn.Module):
         of 8 experts begin as the same function.
 
         The router must not begin at zero, or experts would stay equal for ever. A router of zero gives them
-        equal gradients. Equal experts give the router none: all de_i are equal, and then the softmax passes
-        nothing on. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it learns.
-        (dθ is the gradient of θ: see `merged_linear`.)"""
+        equal gradients. Equal experts give the router none: where all de_i are equal, the gradient through
+        the softmax is zero. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it
+        learns. (dθ is the gradient of θ: see `merged_linear`.)"""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -346,8 +348,8 @@ class Lory(nn.Module):
     def tie_gradients(self):
         """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
         router's becomes zero. The mean is 1/E of a dense FFN's gradient, a factor that Adam's step ignores.
-        Right after warm-up an expert gets about 1/E, too, so Adam's averages keep their scale. (Clipping sees
-        a norm of all experts that is √E times too small.)"""
+        Right after warm-up e_i is about 1/E, so gradients, and with them Adam's averages, keep their scale.
+        (Clipping sees a norm of all experts that is √E times too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -385,10 +387,11 @@ class Lory(nn.Module):
         """Continue prompts (B, L) of equal length, since padding would count in the mean that routes. Yields
         the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 leave out none."""
         logits, _, caches = self.prefill(idx)
-        for _ in range(max_new_tokens):
+        for n in range(1, max_new_tokens + 1):
             token = draw(logits, temperature, top_k, top_p)
             yield token
-            logits = self.decode(token, caches)
+            if n < max_new_tokens:
+                logits = self.decode(token, caches)
 
     def generate(self, idx, max_new_tokens, **how):
         """All tokens of `stream` at once. (B, L) -> (B, max_new_tokens)"""
@@ -405,8 +408,8 @@ class Lory(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
     def fitted(self, state, ffn_name=None):
-        """The weights (and buffers) of a state dict, for load_state_dict(..., strict=False). Those of a dense
-        model fill every expert, without a router. UserError if they do not fit, or have another FFN class."""
+        """The weights (and buffers) of a state dict, for load_state_dict(..., strict=False). A dense FFN
+        fills every expert, and the router keeps its own. UserError if shapes or FFN class do not fit."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         mine, whole = self.state_dict(), {}
@@ -434,7 +437,8 @@ def draw(logits, temperature, top_k, top_p):
     if top_k > 0:
         share = share[:, :top_k]  # (B, top_k), the likeliest
     share = share / share.sum(-1, keepdim=True)
-    share = share * (share.cumsum(-1) - share <= top_p)  # keep while likelier ones sum to top_p at most
+    if top_p < 1:  # keep a token if the likelier ones before it sum to top_p or less
+        share = share * (share.cumsum(-1) - share <= top_p)
     return token.gather(-1, torch.multinomial(share, 1))[:, 0]
 
 
@@ -446,7 +450,7 @@ def add_flag(parser, name, default, help, low=0, below=math.inf, choices=None):
     kind = type(default)
 
     def parse(text):
-        # An argument's type must raise ValueError: int and float do, and so does index.
+        # argparse expects a ValueError for bad text. int, float and index raise it.
         value = bool(['false', 'true'].index(text.lower())) if kind is bool else kind(text)
         if kind is not str and not low <= value < below:
             raise argparse.ArgumentTypeError(f'{text} is not in {low} <= {name} < {below}')
@@ -531,7 +535,8 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
         if not damaged and ckpt['format'] == FORMAT:
             return ckpt
-    raise UserError(f'cannot read {path}: damaged, too large, or not of format {FORMAT}; choose another.')
+    raise UserError(f'cannot read {path}: damaged, larger than memory or not of format {FORMAT}; choose '
+                    'another.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

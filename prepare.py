@@ -42,7 +42,7 @@ PIECE = 4096            # characters in a piece of the built-in corpus, at most
 SHARD = 100_000         # documents chained together, at most
 MAX_VAL = 10_000_000    # bytes held out, at most: more would not sharpen a figure
 MIN_VAL = 64            # bytes of a domain held out, at least; domains below 4 * MIN_VAL hold out none
-PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'  # what a token may span, as in GPT-2
+PATTERN = r' ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'  # what a token may span
 HASH = np.random.default_rng(0).integers(2**64, size=9, dtype=np.uint64)  # for 9-grams
 LIBRARIES = 'joblib matplotlib mpmath networkx numpy scikit-learn scipy sympy torch'.split()  # pinned
 DOMAINS = ['prose', 'repl', 'python', 'tests', 'cpp']  # of the built-in corpus
@@ -103,7 +103,7 @@ def read_builtin(mb_per_domain):
     files = [file for library in LIBRARIES for file in metadata.files(library) or ()
              if file.suffix in ('.py', '.h', '.hpp', '.cuh')
              and '/ATen/ops/' not in str(file)]  # that folder is generated
-    # The same shuffle for everyone, salted because hold_out takes files in the order of their plain sha1.
+    # The same shuffle for everyone. It is salted so as not to be the order in which hold_out takes files.
     files.sort(key=lambda file: hashlib.sha1(b'order of ' + str(file).encode()).digest())
     for file in track('reading', files):
         texts = {}
@@ -175,8 +175,8 @@ def read_inputs(paths):
     if skipped:
         print(f'skipped {len(skipped):,} inputs, not UTF-8 text or made by these scripts:',
               ', '.join(skipped[:5]))
-    # Legends hide a name that begins with _ and read $ as mathematics, and a log has one line for a name. So
-    # odd characters become numbers, and two labels stay two names.
+    # Legends hide a name that begins with _ and read $ as mathematics, and a line break would split a log
+    # line. Such characters become <their number in hex>, so two labels stay two names.
     odd = regex.compile(r'^[_ ]|[^\w .,:;+#&@!/()-]')
     return [doc._replace(domain=odd.sub(lambda c: f'<{ord(c[0]):x}>', doc.domain))
             for doc in docs if doc.text.strip()]
@@ -213,8 +213,8 @@ def hold_out(docs, val_fraction):
 
 
 def ngrams(text, shortest):
-    """Sorted hashes (n,) uint64 of the different 9-grams of characters in a text, white space collapsed. One
-    hash of the whole, if it has fewer than `shortest` characters or too many for memory."""
+    """Sorted hashes (n_grams,) uint64 of the different 9-grams of characters in a text, white space
+    collapsed. One hash of the whole, if it has fewer than `shortest` characters or too many for memory."""
     text = ' '.join(text.split())
     if not shortest <= len(text) <= 10_000_000:
         return np.frombuffer(hashlib.sha1(text.encode()).digest()[:8], '<u8')
@@ -224,18 +224,19 @@ def ngrams(text, shortest):
 
 def drop_twins(docs, shortest, held=()):
     """Drop each document that is a twin of a held-out one, or of an earlier one that stays. Texts are twins
-    if the Jaccard similarity of their 9-grams is 0.8 or more, and below `shortest` characters if they are
-    equal but for white space. -> Documents that stay, [(dropped, twin), ...]
+    if the Jaccard similarity of their 9-grams is 0.8 or more. Texts of fewer than `shortest` characters must
+    be equal but for white space. -> Documents that stay, [(dropped, twin), ...]
 
-    MinHash proposes pairs. At each of 64 fixed numbers a text takes its smallest hash from there on, and two
-    texts take the same with a probability equal to their similarity. Four such hashes make a band. Texts of
+    MinHash proposes pairs. For each of 64 fixed numbers take a text's first hash at or above it. Two texts
+    have the same one with a probability equal to their similarity. Four such hashes make a band. Texts of
     similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band remembers the
     first text that had it. So each is compared with 16 others at most, and time grows linearly."""
     docs, kept, twins, first = [*held, *docs], [], [], {}  # first: band -> the number of a document
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('comparing', docs)):
         grams = ngrams(doc.text, shortest)
-        bands = grams.take(np.searchsorted(grams, points), mode='wrap').reshape(16, 4).sum(1).tolist()
+        mins = grams.take(np.searchsorted(grams, points), mode='wrap')  # (64,)
+        bands = mins.reshape(16, 4).sum(1).tolist()  # (16,)
         likely = {first[band] for band in bands if band in first}
         others = {j: ngrams(docs[j].text, shortest) for j in likely}
         near = [j for j, other in others.items()
@@ -295,7 +296,6 @@ def chain(neighbours, rng):
 
 def arrange(docs, order, n_neighbors, seed):
     """-> Documents in the order they are written; mean cosine with the next one, and in a random order (2,)
-
     At most SHARD are compared with each other: time grows linearly, memory beside the text is below 1 GB."""
     result, cosine = [], np.zeros(2)
     for s, a in enumerate(range(0, len(docs), SHARD)):
@@ -316,11 +316,12 @@ def in_parts(text):
 
 
 def count_words(texts, room):
-    """word -> how often it occurs, in texts in random order, until different long words fill `room` bytes.
-    The limit is for text without blanks, where a clause is one long new word. English needs 50 MB for it."""
+    """word -> how often it occurs. Reads the texts in random order, and stops when different words of over 16
+    bytes fill `room` bytes: in text without blanks each clause is a new word. (English needs 50 MB for it.)
+    A word of over 100 characters is data, and does not count."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):
-        found = Counter(word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100)  # else data
+        found = Counter(word for word in regex.findall(PATTERN, parts[i]) if len(word) <= 100)
         new = [word.encode() for word in found if word not in counts]
         counts.update(found)
         room -= sum(len(word) for word in new if len(word) > 16)
@@ -399,8 +400,7 @@ def load_tokenizer(tokenizer):
         return tiktoken.Encoding(tokenizer['name'], pat_str=tokenizer['pattern'], mergeable_ranks=ranks,
                                  special_tokens=tokenizer['special_tokens'])
     except (KeyError, TypeError, ValueError):
-        raise UserError('this holds no tokenizer: give a tokenizer.json of prepare.py, or a checkpoint that '
-                        'was saved with one.') from None
+        raise UserError('no tokenizer here: give a tokenizer.json or a checkpoint saved with one.') from None
 
 
 def token_bytes(tokenizer):
@@ -495,7 +495,7 @@ def main(argv=None):
     if len(domains) > 256:
         raise UserError(f'the input has {len(domains)} domains, 256 is the most: use fewer labels or inputs.')
 
-    originals, copies = drop_twins(docs, shortest=np.inf)
+    originals, copies = drop_twins(docs, shortest=np.inf)  # equal texts only
     val, train = hold_out(originals, args.val_fraction)
     train, twins = drop_twins(train, shortest=50, held=val)
     print(f'dropped {len(copies):,} documents equal to others, {len(twins):,} near-duplicates')
@@ -507,17 +507,17 @@ def main(argv=None):
                         f'in UTF-8, {4 * MIN_VAL} bytes of a domain at least, and not all of it alike.')
 
     # Validation is the same for every --order, and goes domain by domain: each is measured on its own text.
-    chained = []
+    val_ordered = []
     for d, domain in enumerate(domains):
         trained, held = ([doc for doc in side if doc.domain == domain] for side in (train, val))
         why = '' if trained and held else ' (too little, or too much alike, for both)'
         print(f'{domain}: {count_bytes(trained):,} bytes to train on, {count_bytes(held):,} held out{why}')
-        chained += arrange(held, 'similar', args.n_neighbors, [args.seed, d])[0]
+        val_ordered += arrange(held, 'similar', args.n_neighbors, [args.seed, d])[0]
     train, cosine = arrange(train, args.order, args.n_neighbors, [args.seed])
     print(f'order {args.order}: cosine with the next document {cosine[0]:.3f}, at random {cosine[1]:.3f}')
 
     tokenizer = tokenizer or make_tokenizer('bpe', args.vocab_size, [doc.text for doc in train])
-    meta = save_dataset(Path('data', args.dataset), {'train': train, 'val': chained}, tokenizer, {
+    meta = save_dataset(Path('data', args.dataset), {'train': train, 'val': val_ordered}, tokenizer, {
         'domains': domains, 'arguments': vars(args), 'seed': args.seed,
         'versions': {name: metadata.version(name) for name in (*LIBRARIES, 'tiktoken', 'regex')}})
     for split in ('train', 'val'):

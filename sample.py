@@ -63,13 +63,16 @@ def show_routing(e):
 
 
 def specialize(model, prompt):
-    """The dense model (n_experts=1) that a Lory is after reading the prompt (1, L), in eval mode."""
-    state = model.state_dict()
-    for layer, cache in enumerate(model.prefill(prompt)[2]):
+    """The dense model (n_experts=1) that a Lory is after reading the prompt (1, L), in eval mode. UserError
+    if its FFNs merge no experts."""
+    state, caches = model.state_dict(), model.prefill(prompt)[2]
+    if model.config.n_experts > 1 and caches[0].merged is None:
+        raise UserError(f'{model.ffn_name} merges no experts: leave out --save_dense.')
+    for layer, cache in enumerate(caches):
         for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
             state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
     dense = Lory(replace(model.config, n_experts=1)).to(model.embed.weight)  # its device and dtype
-    dense.load_state_dict(dense.fitted(state), strict=False)
+    dense.load_state_dict(state, strict=False)  # without the router
     return dense.eval()
 
 

@@ -163,8 +163,8 @@ def test_bfloat16_stays_near_the_float32_formula():
 
 
 def test_merged_weights_are_not_kept_for_the_backward_pass():
-    """They are merged once more there. torch.compile, too, keeps no tensor as large as 12 merged FFNs, of
-    which one has the size of an expert, but only some of the size of all 4 experts."""
+    """They are merged once more there. Under torch.compile, too: 12 merged FFNs would have the size of 12
+    experts, and the largest tensor kept has that of all 4."""
     ffn, x = LoryFFN(tiny_config(segment_len=2)), torch.randn(4, 6, 16)
     with mock.patch.object(lory, 'merge', wraps=lory.merge) as merges:
         y, _ = ffn(x)
@@ -186,7 +186,7 @@ def test_the_dense_model_against_a_second_implementation():
 
     def normed(x):
         return x / x.square().mean(-1, keepdim=True).sqrt()
-    q, k, v = (normed(x) @ attn.qkv.weight.T).view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    q, k, v = (normed(x) @ attn.qkv.weight.T).view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (B, nh, L, hs)
     q, k = (torch.complex(t[..., :4], t[..., 4:]) * torch.exp(1j * angle) for t in (q, k))
     scores = ((q @ k.mH).real / math.sqrt(8)).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
     x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16) @ attn.proj.weight.T
@@ -930,6 +930,7 @@ def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     ffn, x = model.blocks[0].ffn, torch.randn(2, 9, 32)
     assert ckpt['losses'][-1] < ckpt['losses'][0] - 0.3 and ffn.calls > 20  # in both runs
     assert_close(ffn(x, lory.Cache(64))[1][:, 0], ffn.router(x[:, 8]).softmax(-1))  # in generation, too
+    run(sample, run_home, out, '--max_new_tokens=2', '--save_dense=nearest.pt', build=build)
     refused('Nearer', run, sample, run_home, out)
     refused('Nearer', run, train, run_home, out, '--init_from=resume', '--max_iters=40')
     refused('buffers', train.wrap, model, train.flags().parse_args(['--shard']), 'cpu', 2)

@@ -43,7 +43,7 @@ PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
-# What must match a checkpoint: SHAPE to start from its weights, FIXED to go on with its run.
+# Flags that must be the checkpoint's: SHAPE when starting from its weights, FIXED when going on with its run.
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # unsharded, on the CPU
@@ -56,12 +56,12 @@ def flags():
     flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
     flag('out_dir', 'out', 'where the run leaves its checkpoints, log and pictures; one run at a time')
     flag('init_from', 'scratch', 'scratch; resume: go on from out_dir/ckpt.pt; or a checkpoint to start from')
-    flag('max_iters', 6000, 'updates in the whole run', low=1)
+    flag('max_iters', 6000, 'updates in the whole run; more when resuming stretch its schedule', low=1)
     flag('batch_size', 4, 'sequences in an update, all ranks and accumulation steps together', low=1)
     flag('gradient_accumulation_steps', 1, 'forward passes of an update on each rank, to save memory', low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
     flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
-    flag('warmup', 0.05, 'share of the run in which the learning rate climbs, 300 updates of 6000', below=1)
+    flag('warmup', 0.05, 'share of the run in which the learning rate climbs', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
     flag('beta1', 0.9, "decay of AdamW's mean gradient", below=1)
@@ -71,7 +71,7 @@ def flags():
     flag('eval_windows', 0, 'validation windows of each domain, evenly spaced; 0: all')
     flag('log_interval', 50, 'updates between log lines, which give the mean loss and the median time', low=1)
     flag('device', 'auto', 'auto, cpu, cuda, cuda:1, mps')
-    flag('dtype', 'auto', 'number type of the matmuls; auto: bfloat16 on a GPU or x86 CPU that has it',
+    flag('dtype', 'auto', 'number type of the matmuls; auto: bfloat16 on a CUDA GPU or x86 CPU that has it',
          choices=['auto', 'float32', 'bfloat16', 'float16'])
     flag('compile', False, 'torch.compile the model')
     flag('activation_checkpointing', False, 'run each block again in the backward pass, to save memory')
@@ -103,7 +103,7 @@ def main(argv=None, build=Lory):
 
     def say(text):
         if rank == 0:
-            with suppress(OSError):  # nobody may be reading: Ctrl-C ends the tee in `train.py | tee`, too
+            with suppress(OSError):  # stdout may be closed: Ctrl-C ends the tee of `train.py | tee`, too
                 print(text)
 
     # --- data ---
@@ -133,7 +133,7 @@ def main(argv=None, build=Lory):
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     # Made after sharding, the optimizer holds averages of this rank's share alone.
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    # All that a run carries, with model, optimizer, scaler and tied_until. A checkpoint has it.
+    # All that a run carries, with model, optimizer, scaler and tied_until. A checkpoint holds all of these.
     step, losses, rows = 0, [], []
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
@@ -148,7 +148,7 @@ def main(argv=None, build=Lory):
         f'epochs of {args.dataset}, on {world} x {device} in {str(dtype)[6:]}, dense until step {tied_until}')
     if rank == 0:
         write_log(f'{args.out_dir}/log.csv', rows)  # if the folder cannot be written, fail now
-    signals, stop = catch_signals(rank), False
+    signals, stop = catch_signals(rank), False  # a list of the signals that asked to stop
     times = []  # seconds that each update took
 
     while step < args.max_iters and not stop:
@@ -162,7 +162,7 @@ def main(argv=None, build=Lory):
             # Sequences are numbered over the whole run and ranks take turns, so resuming needs `step` alone.
             first = ((step * pieces + i) * world + rank) * micro
             x, y = get_batch(data.train.tokens, first, micro, args, device)  # (micro, L) both
-            # DDP reads this, and exchanges gradients after the last piece only. FSDP2 does so after each.
+            # This tells DDP to exchange gradients after the last piece only. FSDP2 does so after each.
             wrapped.require_backward_grad_sync = i == pieces - 1
             with autocast:
                 micro_loss = wrapped(x, y)[1] / pieces
@@ -302,7 +302,7 @@ def learning_rate(step, args):
 @lru_cache(maxsize=2)
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    # The offset cuts the text elsewhere in each epoch. One window fewer than fit leaves room for it.
+    # The offset moves the cuts in each epoch. To leave room for it, there is one window fewer than would fit.
     n_windows = max(1, (n_tokens - L) // L)
     rng = np.random.default_rng([seed, epoch])
     return rng.integers(min(L, n_tokens - n_windows * L)) + L * rng.permutation(n_windows)
@@ -326,14 +326,15 @@ def to_xy(windows, device):
 
 
 def catch_signals(rank):
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second is KeyboardInterrupt."""
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second one raises
+    KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
         signals.append(which)
         signal.signal(which, signal.default_int_handler)
         if rank == 0:
-            with suppress(OSError):  # nobody may be reading. And print is unsafe in a handler
+            with suppress(OSError):  # stderr may be closed; and print is unsafe in a signal handler
                 os.write(2, b'\nstopping after this step, to save; once more stops without\n')
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, note)
@@ -356,7 +357,7 @@ def validation_windows(split, domains, L, limit=0):
     """Domain -> its windows of L + 1 tokens, or `limit` evenly spaced ones. A short domain is one window."""
     windows = {}
     for d, name in enumerate(domains):
-        # prepare.py writes domain by domain. This one ends where the first document of the next one begins.
+        # prepare.py writes domain by domain: domain d ends where the first document of d + 1 begins.
         lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]
         starts = range(lo, hi - L, L) or range(lo, hi - 1, L)  # the second for a domain of up to L tokens
         if 0 < limit < len(starts):
@@ -370,9 +371,10 @@ def validation_windows(split, domains, L, limit=0):
 @torch.compiler.set_stance('force_eager')  # shapes vary, and each would be compiled
 def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank evaluates all windows, since FSDP2 needs all ranks in a forward pass.
-    -> a row for log.csv: bits per byte and perplexity of each domain and the domains' means, over all
-       positions and after segment 1 ("later"). Unless tied, the share of experts in use. An expert is in use
-       if its weight exceeds 2/E (App. G.1) in any of these windows. (The paper looks at 10 training steps.)
+    -> a row for log.csv: bits per byte and perplexity of each domain, and the mean bits per byte of all
+       domains, over all positions and after segment 1 ("later"). With E > 2 and unless tied, the share of
+       experts in use. An expert is in use if its weight exceeds 2/E (App. G.1) in any of these windows. (The
+       paper looks at 10 training steps.)
     -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied.
     Experts in use and routing weights leave out segment 1, unless there is no other."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len

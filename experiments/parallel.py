@@ -39,8 +39,8 @@ def shard(model, device, world, seed):
     UserError if it cannot be split evenly."""
     uneven = model.config.n_embd % world or model.config.ffn_hidden % world
     if uneven or not dist.is_initialized() or list(model.buffers()):
-        raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden that they '
-                        'divide, and FFNs without buffers: change these, or say --shard=False.')
+        raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden divisible by '
+                        'their number, and FFNs without buffers: change these, or say --shard=False.')
     mesh = dist.init_device_mesh(device.split(':')[0], (world,))
     # Never along E: each rank holds a slice of every expert, so tie_gradients needs no other rank.
     for part in (*model.blocks, model):

@@ -20,6 +20,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
 import prepare
+import sample
 import token_moe
 import train
 from lory import Lory, UserError, load_checkpoint, save_checkpoint
@@ -268,3 +269,5 @@ def test_a_run_stopped_twice_equals_one_never_stopped(layer, warmup, home, monke
     assert apart(model.blocks[0].ffn.gate) > 0
     with pytest.raises(UserError, match='FFN'):
         token_moe.main(['--layer=expert_choice', '--init_from=resume', out])
+    with pytest.raises(UserError, match='merges no experts'):
+        sample.specialize(model, torch.arange(9)[None])
