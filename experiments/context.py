@@ -21,13 +21,14 @@ import torch
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import prepare
-from claims import SEEDS
+from claims import commit, seeds_of
 from inside import batches, nats
 from lory import atomic_open, load_checkpoint, make_parser, run_script
 
 PAIRS = {
     'dense -> 8 experts, 2.5 times the text': ('dense-big', 'e8-big'),
     'dense -> 8 experts, 4 layers, half as long': ('dense-half-4-layers', 'e8-half-4-layers'),
+    'dense -> 8 experts, T = 256, 4 layers, half as long': ('dense-half-4-layers', 'e8-half-T256-4-layers'),
     'dense -> 8 experts, 4 layers': ('dense-4-layers', 'e8-4-layers'),
     'chained -> shuffled, 8 experts, T = 512': ('e8-T512', 'e8-T512-shuffled'),
 }
@@ -73,13 +74,13 @@ def main():
             results = json.load(f)
     print('| | seed | text | ' + ' | '.join(KINDS) + ' |\n|' + '---|' * (len(KINDS) + 3))
     for name, pair in PAIRS.items():
-        for seed in SEEDS:
+        for seed in seeds_of(pair[0].replace('-', ' ')):
             runs = [f'{group}-{seed}' for group in pair]
             for run in runs:
                 if run not in results and os.path.exists(f'runs/{run}/ckpt.pt'):
                     model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
                     if ckpt['step'] == ckpt['args']['max_iters']:
-                        results[run] = measure(model, ckpt)
+                        results[run] = measure(model, ckpt) | {'commit': commit()}
             for text in ('held out', 'training') if all(run in results for run in runs) else ():
                 cells = ' | '.join(' -> '.join(f'{results[run][text][kind]:.3f}' for run in runs)
                                    for kind in KINDS)
