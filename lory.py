@@ -70,7 +70,7 @@ def option(default, help, choices=None):
 class LoryConfig:
     """Shape of the model. Raises UserError when the fields do not fit together."""
     vocab_size: int = 2048  # no flag: the tokenizer of the data decides
-    block_size: int = option(1024, 'L, tokens in a training sequence; a generated token sees the last L')
+    block_size: int = option(1024, 'L, tokens in a training sequence; generation sees the last L')
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
@@ -157,7 +157,7 @@ class LoryFFN(nn.Module):
 
     def forward(self, x, cache=None):
         """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, 1) in a dense
-        model. `cache` is for generation: skip it at first."""
+        model. In generation there is a cache: see `forward_cached`."""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -165,7 +165,7 @@ class LoryFFN(nn.Module):
         B, L, D = x.shape
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
-        # Zeros may fill up the last segment. No router sees it, and what comes out for them is cut off.
+        # Zeros may fill up the last segment. It routes nothing, and what comes out for them is cut off.
         x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
         e = self.route(x)  # (B, N, E)
         # This is swiglu(x, *self.merge_experts(e)), without keeping merged weights for the backward pass.
@@ -181,9 +181,9 @@ class LoryFFN(nn.Module):
         return self.routing_weights(x)[:, None]
 
     def forward_cached(self, x, cache):
-        """Generation: the prompt (B, L, D), then one token (B, 1, D) per call, with the same `Cache` (below).
-        -> output of the same shape, the prompt's routing weights (B, 1, E)"""
-        if cache.merged is None:  # a new cache: x is the prompt
+        """Generation: the prompt (B, L, D), then one token (B, 1, D) per call. `cache` keeps e, the
+        prompt's routing weights, and the FFN they make; both are None at first. -> output as x, e (B, 1, E)"""
+        if cache.merged is None:  # x is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merge_experts(cache.e[:, 0])  # of (B, E): one merged FFN per sequence
         return swiglu(x, *cache.merged), cache.e
@@ -279,9 +279,9 @@ class Lory(nn.Module):
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
-    a config, takes (x, cache) and returns (output, routing weights). `init_weights` draws its parameters. Any
-    of three dimensions is taken for stacked experts (E, in, out). A submodule called `router` gets no
-    gradient in dense warm-up."""
+    a config, takes (x, cache) and returns (output, routing weights). `init_weights` sets its parameters. Any
+    of three dimensions counts as stacked experts (E, in, out). A submodule called `router` is not trained in
+    dense warm-up."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -348,8 +348,8 @@ class Lory(nn.Module):
     def tie_gradients(self):
         """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
         router's becomes zero. The mean is 1/E of a dense FFN's gradient, a factor that Adam's step ignores.
-        Right after warm-up e_i is about 1/E, so gradients, and with them Adam's averages, keep their scale.
-        (Clipping sees a norm of all experts that is √E times too small.)"""
+        Right after warm-up e_i is about 1/E, and with it each expert's gradient, so Adam's averages keep
+        their scale. (Clipping sees a norm of all experts that is √E times too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -408,8 +408,8 @@ class Lory(nn.Module):
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
     def fitted(self, state, ffn_name=None):
-        """The weights (and buffers) of a state dict, for load_state_dict(..., strict=False). A dense FFN
-        fills every expert, and the router keeps its own. UserError if shapes or FFN class do not fit."""
+        """What this model takes from a state dict, for load_state_dict(..., strict=False). A dense FFN fills
+        every expert. A router that only one of them has is left out. UserError if it does not fit."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         mine, whole = self.state_dict(), {}
@@ -525,8 +525,10 @@ def save_checkpoint(path, model, tokenizer, weights=None, **rest):
 def read_checkpoint(path):
     """-> the dict that save_checkpoint wrote. UserError unless it is whole and of this format.
     Under torchrun each rank maps the file instead of reading it, and one on each machine verifies it."""
-    if not os.path.exists(path):
-        raise UserError(f'cannot read {path}: there is no such file; check the path, or run train.py first.')
+    try:
+        open(path, 'rb').close()
+    except OSError as error:
+        raise UserError(f'cannot read {path} ({error.strerror}): check it, or run train.py first.') from None
     rank = os.environ.get('LOCAL_RANK')
     with suppress(Exception):  # zipfile and torch raise many kinds
         with zipfile.ZipFile(path) as archive:
@@ -535,8 +537,7 @@ def read_checkpoint(path):
         ckpt = torch.load(path, map_location='cpu', weights_only=True, mmap=rank is not None)
         if not damaged and ckpt['format'] == FORMAT:
             return ckpt
-    raise UserError(f'cannot read {path}: damaged, larger than memory or not of format {FORMAT}; choose '
-                    'another.')
+    raise UserError(f'choose another file: {path} is damaged, larger than memory or not of format {FORMAT}.')
 
 
 def load_checkpoint(path, device='cpu', build=Lory):

@@ -126,7 +126,7 @@ def read_builtin(mb_per_domain):
 
 def find_files(path, seen):
     """The files at or below `path`, none of them hidden and none twice. Links are followed. A folder that is
-    empty, unreadable, or made by prepare.py or train.py is returned itself, and read_inputs skips it."""
+    empty, unreadable, or made by prepare.py or train.py is returned as a file: read_inputs reports it."""
     place, children = os.path.realpath(path), sorted(path.glob('[!.]*'))
     if place in seen:
         return []
@@ -295,9 +295,9 @@ def chain(neighbours, rng):
 
 
 def arrange(docs, order, n_neighbors, seed):
-    """-> Documents in the order they are written; mean cosine with the next one, and in a random order (2,)
+    """-> Documents in the order they are written; mean cosine with the next one, and in a random order (2,).
     At most SHARD are compared with each other: time grows linearly, memory beside the text is below 1 GB."""
-    result, cosine = [], np.zeros(2)
+    s, result, cosine = 0, [], np.zeros(2)
     for s, a in enumerate(range(0, len(docs), SHARD)):
         shard = docs[a:a + SHARD]
         X, rng = embed([doc.text for doc in shard]), np.random.default_rng([*seed, s])
@@ -305,7 +305,7 @@ def arrange(docs, order, n_neighbors, seed):
         walked = chain(nearest(X, n_neighbors), rng) if order == 'similar' else shuffled
         result += [shard[i] for i in walked]
         cosine += [X[o[:-1]].multiply(X[o[1:]]).sum() for o in (walked, shuffled)]
-    return result, cosine / max(1, len(docs))
+    return result, cosine / max(1, len(docs) - s - 1)  # pairs: each shard has one fewer than documents
 
 
 # --- Tokenizer: byte-level BPE. 256 bytes can write any text; frequent pairs become tokens too. ---

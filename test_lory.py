@@ -239,7 +239,7 @@ def spread(model):
 def test_dense_warmup_trains_the_dense_model_and_then_experts_part(router, shape):
     """Tied experts begin and stay equal bit for bit. However they are routed, they make the dense model of
     one expert. That equals the dense model trained beside them, but for rounding and Adam's epsilon, which
-    meets dW / E here and dW there. Untied experts part, unless the router is zero."""
+    weighs more against dW / E than against dW. Untied experts part, unless the router is zero."""
     model, dense = Lory(tiny_config(**shape)), Lory(tiny_config(**shape | dict(n_experts=1)))
     for name, p in dense.named_parameters():
         assert torch.equal(model.get_parameter(name), p.expand_as(model.get_parameter(name)))
@@ -359,7 +359,7 @@ def test_checkpoints_are_read_as_written_or_refused(tmp_path):
     for other in (dict(ckpt, format=1), [1, 2]):
         torch.save(other, path)
         refused('format 2', load_checkpoint, path)
-    refused('cannot read', load_checkpoint, tmp_path)
+    refused('cannot read.*directory', load_checkpoint, tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -43,7 +43,7 @@ PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
-# Flags that must be the checkpoint's: SHAPE when starting from its weights, FIXED when going on with its run.
+# Flags that must equal the checkpoint's: SHAPE with --init_from=FILE, FIXED with --init_from=resume.
 SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
 FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # unsharded, on the CPU
@@ -60,7 +60,7 @@ def flags():
     flag('batch_size', 4, 'sequences in an update, all ranks and accumulation steps together', low=1)
     flag('gradient_accumulation_steps', 1, 'forward passes of an update on each rank, to save memory', low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
-    flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate', below=1)
+    flag('min_lr_ratio', 0.1, 'final learning rate, as a share of learning_rate')
     flag('warmup', 0.05, 'share of the run in which the learning rate climbs', below=1)
     flag('dense_warmup', 0.05, 'share of the run in which all experts are kept equal (Sec. 4.1)', below=1)
     flag('weight_decay', 0.1, "AdamW's weight decay, on matrices")
@@ -83,7 +83,8 @@ def flags():
 
 
 def main(argv=None, build=Lory):
-    """One run -> its exit code. With build=partial(Lory, ffn=MyFFN) it trains an FFN of your own."""
+    """One run -> its exit code. With build=partial(Lory, ffn=MyFFN) it trains an FFN of your own. What it
+    calls stands below it, by topic: settings, an update, validation."""
     # --- settings ---
     args, config, saved = read_settings(argv)  # saved: the checkpoint that the run starts from, or None
     device, dtype = pick_device(args)  # dtype: of the matmuls; weights and Adam's averages are float32
@@ -133,7 +134,7 @@ def main(argv=None, build=Lory):
     tied_until = int(args.dense_warmup * args.max_iters) if equal else 0
     # Made after sharding, the optimizer holds averages of this rank's share alone.
     optimizer = model.optimizer(args.learning_rate, args.weight_decay, (args.beta1, args.beta2))
-    # All that a run carries, with model, optimizer, scaler and tied_until. A checkpoint holds all of these.
+    # A run carries model, optimizer, scaler, tied_until and these three. A checkpoint holds all of it.
     step, losses, rows = 0, [], []
     if args.init_from == 'resume':
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
@@ -179,7 +180,7 @@ def main(argv=None, build=Lory):
         if tied:
             model.tie_experts()
         step += 1
-        loss, norm, stop = over_ranks(total, norm, len(signals), world)
+        loss, norm, stop = over_ranks(total, norm, len(signals), world)  # stop if any rank was asked to
         # In float16 gradients may overflow: the scaler has seen it, and has skipped the step.
         if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
             raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
@@ -203,6 +204,7 @@ def main(argv=None, build=Lory):
         # --- validate ---
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
+            # In the names of figures, "later" means after segment 1.
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, tied)
             rows.append(dict(step=step, **figures))
             used = f' | experts in use {figures["experts"]:.0%}' if 'experts' in figures else ''
@@ -216,8 +218,8 @@ def main(argv=None, build=Lory):
             run = dict(step=step, losses=losses, rows=rows, tied_until=tied_until, args=vars(args),
                        optimizer=averages, scaler=scaler.state_dict(), data=data.meta['sha256'])
             if rank == 0:
-                # best.pt first: after a crash between the two, a run that goes on from the older ckpt.pt
-                # writes both again. Segment 1 does not count: with first_segment=self it sees ahead.
+                # best.pt first: after a crash between the two, resuming from the older ckpt.pt repeats this
+                # validation and writes both. Segment 1 does not count: with first_segment=self it sees ahead.
                 if validate and figures['later_bpb'] == min(row.get('later_bpb', math.inf) for row in rows):
                     save_checkpoint(f'{args.out_dir}/best.pt', model, data.tokenizer, weights, **run)
                 save_checkpoint(f'{args.out_dir}/ckpt.pt', model, data.tokenizer, weights, **run)
@@ -287,7 +289,7 @@ def pick_device(args):
     return device, getattr(torch, dtype)
 
 
-# --- An update. Window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
+# --- An update. On given data, window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine (Sec. 4.1), from learning_rate to min_lr_ratio of it at max_iters."""
@@ -299,7 +301,7 @@ def learning_rate(step, args):
     return args.learning_rate * (args.min_lr_ratio + (1 - args.min_lr_ratio) * cosine)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)  # get_batch asks for epoch 0, and for two where one ends
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
     # The offset moves the cuts in each epoch. To leave room for it, there is one window fewer than would fit.

@@ -7,7 +7,7 @@ from lory import atomic_open
 
 
 def write_log(path, rows):
-    """One line for each row, a dict, and one column for each name that a row has."""
+    """Rows are dicts, and the columns are all their keys."""
     with atomic_open(path, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
