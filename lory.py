@@ -157,7 +157,7 @@ class LoryFFN(nn.Module):
 
     def forward(self, x, cache=None):
         """Algorithm 1. (B, L, D) -> output (B, L, D), routing weights (B, N, E), or (B, 1, 1) in a dense
-        model. In generation there is a cache: see `forward_cached`."""
+        model. With a cache (generation) the prompt routes once, and the FFN that it makes is kept."""
         if self.router is None:  # E = 1: one FFN for all of x, and its weight is 1
             return swiglu(x, self.gate[0], self.up[0], self.down[0]), x.new_ones(len(x), 1, 1)
         if cache is not None:
@@ -182,7 +182,7 @@ class LoryFFN(nn.Module):
 
     def forward_cached(self, x, cache):
         """Generation: the prompt (B, L, D), then one token (B, 1, D) per call. `cache` keeps e, the
-        prompt's routing weights, and the FFN they make; both are None at first. -> output as x, e (B, 1, E)"""
+        prompt's routing weights, and the FFN they make; both are None at first. Returns forward's two."""
         if cache.merged is None:  # x is the prompt
             cache.e = self.route_prompt(x)  # (B, 1, E)
             cache.merged = self.merge_experts(cache.e[:, 0])  # of (B, E): one merged FFN per sequence
@@ -196,9 +196,9 @@ def merged_linear(x, e, theta):
 
     Autograd would keep every W: 6.6 GB for a sequence of 4096 tokens at the paper's 0.3B in bfloat16. So,
     unlike the paper, `checkpoint` merges once more in the backward pass. That costs E/T of the multiply-adds
-    of x W. From y = x W and W = Σ_i e_i θ_i autograd then computes:
+    of x W, which is not repeated. From y = x W and W = Σ_i e_i θ_i autograd then computes:
 
-        dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ
+        dx = dy Wᵀ,   dW = xᵀ dy,   dθ = eᵀ dW,   de = dW θᵀ   (the last two with W and θ_i as rows)
     """
     return checkpoint(lambda: x @ merge(e, theta), use_reentrant=False, preserve_rng_state=False)
 
@@ -279,9 +279,9 @@ class Lory(nn.Module):
 
     An FFN of your own takes LoryFFN's place with Lory(config, ffn=MyFFN). For another routing, derive from
     LoryFFN and override `routing_weights`, or `route` and `route_prompt`. Any module works that is built from
-    a config, takes (x, cache) and returns (output, routing weights). `init_weights` sets its parameters. Any
-    of three dimensions counts as stacked experts (E, in, out). A submodule called `router` is not trained in
-    dense warm-up."""
+    a config, takes (x, cache) and returns (output, routing weights). `init_weights` sets its parameters. A
+    parameter of three dimensions counts as stacked experts (E, in, out). A submodule called `router` gets no
+    gradient in dense warm-up."""
 
     def __init__(self, config, ffn=LoryFFN, seed=1337):
         super().__init__()
@@ -347,9 +347,9 @@ class Lory(nn.Module):
 
     def tie_gradients(self):
         """After backward, before clipping: every expert's gradient becomes the mean of all experts', the
-        router's becomes zero. The mean is 1/E of a dense FFN's gradient, a factor that Adam's step ignores.
-        Right after warm-up e_i is about 1/E, and with it each expert's gradient, so Adam's averages keep
-        their scale. (Clipping sees a norm of all experts that is √E times too small.)"""
+        router's becomes zero. (Its weights still decay.) The mean is 1/E of a dense FFN's gradient, a factor
+        that Adam's step ignores. When warm-up ends e_i is about 1/E, so expert i's own gradient is as large,
+        and Adam's averages keep their scale. (Clipping sees a norm of all experts √E times too small.)"""
         for name, p in self.named_parameters():
             if p.dim() == 3:
                 p.grad.copy_(p.grad.mean(0, keepdim=True))  # in place: DDP keeps a view of it
@@ -384,8 +384,8 @@ class Lory(nn.Module):
         return self.head(x[:, -1])
 
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0):
-        """Continue prompts (B, L) of equal length, since padding would count in the mean that routes. Yields
-        the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 leave out none."""
+        """Continue prompts (B, L). They are of equal length: padding would count in the mean that routes.
+        Yields the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 leave out none."""
         logits, _, caches = self.prefill(idx)
         for n in range(1, max_new_tokens + 1):
             token = draw(logits, temperature, top_k, top_p)
@@ -409,7 +409,7 @@ class Lory(nn.Module):
 
     def fitted(self, state, ffn_name=None):
         """What this model takes from a state dict, for load_state_dict(..., strict=False). A dense FFN fills
-        every expert. A router that only one of them has is left out. UserError if it does not fit."""
+        every expert. A router that only one of the two has is left out. UserError if they do not fit."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
         mine, whole = self.state_dict(), {}

@@ -227,8 +227,8 @@ def drop_twins(docs, shortest, held=()):
     if the Jaccard similarity of their 9-grams is 0.8 or more. Texts of fewer than `shortest` characters must
     be equal but for white space. -> Documents that stay, [(dropped, twin), ...]
 
-    MinHash proposes pairs. For each of 64 fixed numbers take a text's first hash at or above it. Two texts
-    have the same one with a probability equal to their similarity. Four such hashes make a band. Texts of
+    MinHash proposes pairs. Each of 64 fixed numbers picks the next hash above it in a text. In two texts it
+    picks the same one with a probability equal to their similarity. Four such hashes make a band. Texts of
     similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band remembers the
     first text that had it. So each is compared with 16 others at most, and time grows linearly."""
     docs, kept, twins, first = [*held, *docs], [], [], {}  # first: band -> the number of a document
@@ -276,7 +276,7 @@ def nearest(X, n_neighbors):
     for block in track('neighbours', np.array_split(np.arange(n_docs), n_docs**2 // 4_000_000 + 1)):
         cosine = (X[block] @ XT).toarray()  # (n_rows, n_docs), multiples of 2^-32; a block takes 130 MB
         cosine[range(len(block)), block] = 0  # a document is no neighbour of itself
-        # Sorts by falling cosine, then by number, which is key % n_docs. At cosine 0 it is not negative.
+        # Sorts by falling cosine, then by number, key % n_docs. A key is negative if the cosine is not 0.
         key = np.arange(n_docs) - (cosine * 2**32).astype(np.int64) * n_docs
         best = np.sort(np.partition(key, min(n_neighbors, n_docs) - 1)[:, :n_neighbors])
         lists += [[k % n_docs for k in row if k < 0] for row in best.tolist()]
@@ -316,8 +316,8 @@ def in_parts(text):
 
 
 def count_words(texts, room):
-    """word -> how often it occurs. Reads the texts in random order, and stops when different words of over 16
-    bytes fill `room` bytes: in text without blanks each clause is a new word. (English needs 50 MB for it.)
+    """word -> how often it occurs. Reads the texts in random order, and stops when the different words of
+    over 16 bytes add up to `room` bytes. Text without blanks gets there early, English after 50 MB.
     A word of over 100 characters is data, and does not count."""
     parts, counts = [part for text in texts for part in in_parts(text)], Counter()
     for i in track('counting words', np.random.default_rng(0).permutation(len(parts))):

@@ -10,11 +10,9 @@ A run leaves in out_dir: ckpt.pt (latest), best.pt (least validation loss, segme
 loss.png and, after dense warm-up, experts.png (Fig. 6). Ctrl-C saves and stops. A killed run goes on from
 ckpt.pt as if never stopped, on a CPU bit for bit.
 """
-import ctypes
 import gc
 import math
 import os
-import platform
 import signal
 import statistics
 import time
@@ -31,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 
 import prepare
-from experiments.parallel import load_averages, wrap
+from experiments.parallel import keep_freed_memory, load_averages, wrap
 from experiments.report import plot, write_log
 from lory import (Lory, LoryConfig, UserError, add_flag, make_parser, read_checkpoint, run_script,
                   save_checkpoint, usable_device)
@@ -119,6 +117,7 @@ def main(argv=None, build=Lory):
         raise UserError(f'the run was not on this data/{args.dataset}: prepare that text as before.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
+    # domain -> its validation windows
     windows = validation_windows(data.val, data.meta['domains'], args.block_size, args.eval_windows)
     token_bytes = torch.tensor(prepare.token_bytes(data.tokenizer), device=device)  # (V,)
 
@@ -180,7 +179,8 @@ def main(argv=None, build=Lory):
         if tied:
             model.tie_experts()
         step += 1
-        loss, norm, stop = over_ranks(total, norm, len(signals), world)  # stop if any rank was asked to
+        # Of all ranks: the mean loss, the gradient norm, and whether one of them was asked to stop.
+        loss, norm, stop = over_ranks(total, norm, len(signals), world)
         # In float16 gradients may overflow: the scaler has seen it, and has skipped the step.
         if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())):
             raise UserError(f'loss or gradient of step {step} is not finite, and was not saved: use a lower '
@@ -204,7 +204,7 @@ def main(argv=None, build=Lory):
         # --- validate ---
         validate = step % args.eval_interval == 0 or step == args.max_iters
         if validate:
-            # In the names of figures, "later" means after segment 1.
+            # figures: name -> value, where "later" means after segment 1. routing: for experts.png, or None.
             figures, routing = evaluate(model, windows, token_bytes, micro, autocast, tied)
             rows.append(dict(step=step, **figures))
             used = f' | experts in use {figures["experts"]:.0%}' if 'experts' in figures else ''
@@ -261,7 +261,7 @@ def read_settings(argv):
     parser.set_defaults(**known | preset)
     args = parser.parse_args(argv)
     config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
-    settings = vars(args) | asdict(config)  # with the ffn_hidden that 0 stands for
+    settings = vars(args) | asdict(config)  # where ffn_hidden is no longer 0, but the width it means
     for name in sorted(fixed & known.keys()):  # an older run may lack a flag
         if settings[name] != known[name]:
             raise UserError(f'{name}={known[name]!r} of the checkpoint cannot change: leave out --{name}, or '
@@ -281,11 +281,8 @@ def pick_device(args):
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == 'auto':
         dtype = 'bfloat16' if has_bfloat16 else 'float32'
-    if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        # glibc hands large blocks back to the kernel and faults them in again at each step. Here it is told
-        # to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB. That saves a fifth of a default step.
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
+    if device == 'cpu':
+        keep_freed_memory()  # saves a fifth of a default step
     return device, getattr(torch, dtype)
 
 
@@ -304,7 +301,7 @@ def learning_rate(step, args):
 @lru_cache(maxsize=3)  # get_batch asks for epoch 0, and for two where one ends
 def window_starts(n_tokens, L, seed, epoch):
     """First token of each window of an epoch, (n_windows,): tiles from a random offset, shuffled."""
-    # The offset moves the cuts in each epoch. To leave room for it, there is one window fewer than would fit.
+    # Each epoch cuts at another offset. One window is given up to make room for it.
     n_windows = max(1, (n_tokens - L) // L)
     rng = np.random.default_rng([seed, epoch])
     return rng.integers(min(L, n_tokens - n_windows * L)) + L * rng.permutation(n_windows)
@@ -361,7 +358,7 @@ def validation_windows(split, domains, L, limit=0):
     for d, name in enumerate(domains):
         # prepare.py writes domain by domain: domain d ends where the first document of d + 1 begins.
         lo, hi = split.start[np.searchsorted(split.domain, [d, d + 1])]
-        starts = range(lo, hi - L, L) or range(lo, hi - 1, L)  # the second for a domain of up to L tokens
+        starts = range(lo, hi - L, L) or range(lo, hi - 1, L)  # up to L tokens are one short window
         if 0 < limit < len(starts):
             starts = [starts[i * len(starts) // limit] for i in range(limit)]
         if starts:

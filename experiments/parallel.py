@@ -1,10 +1,12 @@
 """
-What train.py does to a model for speed and size: recomputing, compiling, DDP, FSDP2.
+What train.py does for speed and size: recomputing, compiling, DDP, FSDP2, and memory that is kept.
 
 With `--shard` each rank keeps a slice of every parameter, of its gradient and of Adam's averages, as in the
 paper (Sec. 4.1). That is PyTorch's FSDP2, or ZeRO stage 3 (arXiv:1910.02054): a block's parameters are
 gathered only while it runs. shard.py measures what it saves; see "Many GPUs" in experiments/README.md.
 """
+import ctypes
+import platform
 from functools import partial
 
 import torch
@@ -48,6 +50,14 @@ def shard(model, device, world, seed):
     model.to_empty(device=device)
     with implicit_replication():  # each rank keeps its share of what is drawn
         model.init_weights(seed)
+
+
+def keep_freed_memory():
+    """glibc hands large freed blocks back to the kernel, which faults them in again at each step. Here it is
+    told to keep them: M_MMAP_MAX = 0, M_TRIM_THRESHOLD = 2 GB. Other C libraries are left as they are."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 
 def load_averages(model, optimizer, state):
