@@ -411,7 +411,7 @@ class Lory(nn.Module):
         """What this model takes from a state dict, for load_state_dict(..., strict=False). A dense FFN fills
         every expert. A router that only one of the two has is left out. UserError if they do not fit."""
         if ffn_name not in (None, self.ffn_name):
-            raise UserError(f'the checkpoint has FFNs of class {ffn_name}: use the script that trained it.')
+            raise UserError(f'its FFNs are {ffn_name}s: use its script, or build=partial(Lory, ffn=...).')
         mine, whole = self.state_dict(), {}
         for name in mine | state:
             if '.router.' in name and not (name in mine and name in state):

@@ -173,7 +173,7 @@ def read_inputs(paths):
         else:
             docs.append(Document(text, domain, source))
     if skipped:
-        print(f'skipped {len(skipped):,} inputs, not UTF-8 text or made by these scripts:',
+        print(f'skipped {len(skipped):,} inputs, empty, not UTF-8 text or made by these scripts:',
               ', '.join(skipped[:5]))
     # Legends hide a name that begins with _ and read $ as mathematics, and a line break would split a log
     # line. Such characters become <their number in hex>, so two labels stay two names.

@@ -12,6 +12,7 @@ import codecs
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -64,16 +65,18 @@ def show_routing(e):
 
 def specialize(model, prompt):
     """The dense model (n_experts=1) that a Lory is after reading the prompt (1, L), in eval mode. UserError
-    if its FFNs merge no experts."""
-    state, caches = model.state_dict(), model.prefill(prompt)[2]
-    if model.config.n_experts > 1 and caches[0].merged is None:
-        raise UserError(f'{model.ffn_name} merges no experts: leave out --save_dense.')
+    if it does not predict the same, as with an FFN that merges no experts."""
+    logits, _, caches = model.prefill(prompt)
+    state = model.state_dict()
     for layer, cache in enumerate(caches):
         for name, weight in zip(('gate', 'up', 'down'), cache.merged or ()):  # a dense layer has none
             state[f'blocks.{layer}.ffn.{name}'] = weight  # (1, in, out)
     dense = Lory(replace(model.config, n_experts=1)).to(model.embed.weight)  # its device and dtype
-    dense.load_state_dict(state, strict=False)  # without the router
-    return dense.eval()
+    with suppress(KeyError, RuntimeError):  # an FFN of one's own may have other names and shapes
+        dense.load_state_dict({name: state[name] for name in dense.state_dict()})  # without the router
+        if torch.allclose(dense.prefill(prompt)[0], logits, atol=1e-3):
+            return dense.eval()
+    raise UserError(f'no dense model predicts what this {model.ffn_name} does: leave out --save_dense.')
 
 
 def main(argv=None, build=Lory):

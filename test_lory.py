@@ -875,6 +875,7 @@ def test_training_goes_on_from_a_dense_expert_or_from_experts(run_home):
     model, ckpt = load_checkpoint(run_home / 'whole/ckpt.pt')
     dense = sample.specialize(model, torch.arange(9)[None])
     save_checkpoint(run_home / 'bare/ckpt.pt', dense, ckpt['tokenizer'])
+    refused('holds no run', run, train, run_home, '--init_from=resume', '--out_dir=bare')
     flags = ['--dataset=own', '--max_iters=10', '--dense_warmup=.5', '--eval_windows=3', '--dtype=float32']
     for start, n_experts, tied_until in (('whole', 4, 0), ('bare', 1, 0), ('bare', 4, 5)):
         run(train, run_home, *flags, f'--init_from={start}/ckpt.pt', f'--n_experts={n_experts}',
@@ -932,6 +933,13 @@ def test_a_layer_of_ones_own_trains_and_is_refused_without_build(run_home):
     assert_close(ffn(x, lory.Cache(64))[1][:, 0], ffn.router(x[:, 8]).softmax(-1))  # in generation, too
     run(sample, run_home, out, '--max_new_tokens=2', '--save_dense=nearest.pt', build=build)
     refused('Nearer', run, sample, run_home, out)
+
+    class Half(LoryFFN):
+        def forward(self, x, cache=None):
+            y, e = super().forward(x, cache)
+            return y / 2, e
+    halved = randomize(Lory(tiny_config(), ffn=Half))
+    refused('no dense.*Half', sample.specialize, halved, torch.arange(9)[None])
     refused('Nearer', run, train, run_home, out, '--init_from=resume', '--max_iters=40')
     refused('buffers', train.wrap, model, train.flags().parse_args(['--shard']), 'cpu', 2)
 

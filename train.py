@@ -113,7 +113,7 @@ def main(argv=None, build=Lory):
     if world > 1:
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
-    if args.init_from == 'resume' and saved.get('data') != data.meta['sha256']:
+    if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
         raise UserError(f'the run was not on this data/{args.dataset}: prepare that text as before.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
@@ -139,7 +139,7 @@ def main(argv=None, build=Lory):
         step, losses, rows, tied_until = saved['step'], saved['losses'], saved['rows'], saved['tied_until']
         load_averages(model, optimizer, saved['optimizer']['state'])
         scaler.load_state_dict(saved['scaler'] or scaler.state_dict())  # {} if the run was not in float16
-        say(f'resumed   at step {step:,} with lr {learning_rate(step, args):.2e}')
+        say(f'resumed   at step {step:,} of {args.max_iters:,}, lr {learning_rate(step, args):.2e}')
     saved = None  # free its memory
     epochs = args.max_iters * args.batch_size * args.block_size / len(data.train.tokens)
     say(f'model     {config.n_layer} layers, width {config.n_embd}, {config.n_experts} experts, segments of '
@@ -236,7 +236,8 @@ def main(argv=None, build=Lory):
     if step < args.max_iters:
         say(f'stopped at step {step}, saved; go on with --init_from=resume --out_dir={args.out_dir}')
         return 130
-    say(f'done at step {step:,}; now try: python sample.py --out_dir={args.out_dir}')
+    hint = f'; now try: python sample.py --out_dir={args.out_dir}' if build is Lory else ''
+    say(f'done at step {step:,}{hint}')
     return 0
 
 
@@ -252,7 +253,9 @@ def read_settings(argv):
     latest, preset = f'{args.out_dir}/ckpt.pt', PRESETS[args.preset]
     if args.init_from == 'resume':
         saved, fixed = read_checkpoint(latest), FIXED
-        known, preset = saved.get('args', {}) | saved['config'] | dict(out_dir=args.out_dir), {}
+        if 'args' not in saved:
+            raise UserError(f'{latest} holds no run: use --init_from={latest} and another --out_dir.')
+        known, preset = saved['args'] | saved['config'] | dict(out_dir=args.out_dir), {}
     elif os.path.exists(latest):
         raise UserError(f'{args.out_dir} holds a run: use --init_from=resume, or choose another --out_dir.')
     elif args.init_from != 'scratch':

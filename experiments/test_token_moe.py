@@ -269,5 +269,5 @@ def test_a_run_stopped_twice_equals_one_never_stopped(layer, warmup, home, monke
     assert apart(model.blocks[0].ffn.gate) > 0
     with pytest.raises(UserError, match='FFN'):
         token_moe.main(['--layer=expert_choice', '--init_from=resume', out])
-    with pytest.raises(UserError, match='merges no experts'):
+    with pytest.raises(UserError, match='no dense model'):
         sample.specialize(model, torch.arange(9)[None])
