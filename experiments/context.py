@@ -81,7 +81,9 @@ def main():
                     model, ckpt = load_checkpoint(f'runs/{run}/ckpt.pt')
                     if ckpt['step'] == ckpt['args']['max_iters']:
                         results[run] = measure(model, ckpt) | {'commit': commit()}
-            for text in ('held out', 'training') if all(run in results for run in runs) else ():
+            # An older run names no commit, and is not compared with a present one.
+            ages = ['commit' in results[run] for run in runs if run in results]
+            for text in ('held out', 'training') if ages in ([False] * 2, [True] * 2) else ():
                 cells = ' | '.join(' -> '.join(f'{results[run][text][kind]:.3f}' for run in runs)
                                    for kind in KINDS)
                 print(f'| {name} | {seed} | {text} | {cells} |', flush=True)
