@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
-    """A user's mistake. Its one sentence says the cure."""
+    """A user's mistake. The message is one sentence, which says what to do."""
 
 
 # --- Config. Each field is defined once, here: train.py makes its flag from it, the checkpoint stores it. ---
@@ -70,7 +70,7 @@ def option(default, help, choices=None):
 class LoryConfig:
     """Shape of the model. Raises UserError when the fields do not fit together."""
     vocab_size: int = 2048  # no flag: the tokenizer of the data decides
-    block_size: int = option(1024, 'L, tokens in a training sequence; generation sees the last L')
+    block_size: int = option(1024, 'L, tokens in a training sequence; in generation a layer sees the last L')
     n_layer: int = option(2, 'transformer blocks')
     n_head: int = option(2, 'attention heads')
     n_embd: int = option(64, 'D, width of the model')
@@ -166,7 +166,7 @@ class LoryFFN(nn.Module):
         T = min(self.segment_len, L)
         N = math.ceil(L / T)
         # Zeros may fill up the last segment. It routes nothing, and what comes out for them is cut off.
-        x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)
+        x = F.pad(x, (0, 0, 0, N * T - L)).reshape(B, N, T, D)  # (B, N, T, D)
         e = self.route(x)  # (B, N, E)
         # This is swiglu(x, *self.merge_experts(e)), without keeping merged weights for the backward pass.
         inner = F.silu(merged_linear(x, e, self.gate)) * merged_linear(x, e, self.up)  # (B, N, T, H)
@@ -387,10 +387,10 @@ class Lory(nn.Module):
         """Continue prompts (B, L). They are of equal length: padding would count in the mean that routes.
         Yields the next tokens (B,). temperature 0 is greedy; top_k 0 and top_p 1 leave out none."""
         logits, _, caches = self.prefill(idx)
-        for n in range(1, max_new_tokens + 1):
+        for made in range(1, max_new_tokens + 1):
             token = draw(logits, temperature, top_k, top_p)
             yield token
-            if n < max_new_tokens:
+            if made < max_new_tokens:
                 logits = self.decode(token, caches)
 
     def generate(self, idx, max_new_tokens, **how):

@@ -5,10 +5,10 @@ From documents to training data: read, hold out, chain similar documents, tokeni
     python prepare.py --input essays/ a.txt b.jsonl    your own: folders, text files, JSONL with "text"
     python prepare.py --input new/ --tokenizer=out/ckpt.pt    text on which to train that checkpoint further
 
-Lory routes each segment by the one before it, which says nothing where a document ends and a random one
-begins. So the paper puts similar documents next to each other (Sec. 3.2, App. C). (At our size, models of
-shuffled text are mostly better: experiments/README.md.) TF-IDF and exact search stand for the paper's
-Contriever and FAISS: they need no model and no GPU, and find the same order on every machine.
+Lory routes each segment by the one before it, which tells nothing if the next document is unrelated. So the
+paper puts similar documents next to each other (Sec. 3.2, App. C). (At our size, models of shuffled text
+are mostly better: experiments/README.md.) TF-IDF and exact search stand for the paper's Contriever and
+FAISS: they need no model and no GPU, and find the same order on every machine.
 
     train.bin, val.bin            token ids, little-endian uint16 or uint32, <|endoftext|> before a document
     train_docs.npz, val_docs.npz  start int64 (n_docs + 1), offsets into the .bin; domain uint8 (n_docs)
@@ -227,10 +227,11 @@ def drop_twins(docs, shortest, held=()):
     if the Jaccard similarity of their 9-grams is 0.8 or more. Texts of fewer than `shortest` characters must
     be equal but for white space. -> Documents that stay, [(dropped, twin), ...]
 
-    MinHash proposes pairs. Each of 64 fixed numbers picks the next hash above it in a text. In two texts it
-    picks the same one with a probability equal to their similarity. Four such hashes make a band. Texts of
-    similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band remembers the
-    first text that had it. So each is compared with 16 others at most, and time grows linearly."""
+    MinHash proposes pairs, and misses few. Each of 64 fixed numbers picks the next hash above it in a text.
+    In two texts it picks the same one with a probability equal to their similarity. Four such hashes make a
+    band. Texts of similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band
+    remembers the first text that had it. So each is compared with 16 others at most, and time grows
+    linearly."""
     docs, kept, twins, first = [*held, *docs], [], [], {}  # first: band -> the number of a document
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('comparing', docs)):

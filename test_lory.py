@@ -189,7 +189,8 @@ def test_the_dense_model_against_a_second_implementation():
     q, k, v = (normed(x) @ attn.qkv.weight.T).view(2, 9, 3, 2, 8).permute(2, 0, 3, 1, 4)  # (B, nh, L, hs)
     q, k = (torch.complex(t[..., :4], t[..., 4:]) * torch.exp(1j * angle) for t in (q, k))
     scores = ((q @ k.mH).real / math.sqrt(8)).masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
-    x = x + (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16) @ attn.proj.weight.T
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 16)  # (B, nh, L, hs) -> (B, L, D)
+    x = x + y @ attn.proj.weight.T
     x = x + (F.silu(normed(x) @ ffn.gate[0]) * (normed(x) @ ffn.up[0])) @ ffn.down[0]
     logp = (normed(x) @ model.embed.weight.T).log_softmax(-1)
     targets[0, 3] = -1  # ignored
@@ -203,8 +204,8 @@ def test_the_dense_model_against_a_second_implementation():
 @pytest.mark.parametrize('how', [*ROUTINGS, dict(first_segment='self', segment_len=24)])
 @pytest.mark.parametrize('L', [24, 21])
 def test_a_token_is_felt_from_its_own_position_on_and_in_its_own_sequence(how, L):
-    """Except where segment 1 routes itself, `self`: its tokens are felt in all of it. The last case, SMEAR,
-    has no other segment, and the test sees every token look ahead."""
+    """Except where segment 1 routes itself, `self`: its tokens are felt in all of it. In the last case,
+    SMEAR, segment 1 is all there is, so every token looks ahead, and the test must see that."""
     model, idx = randomize(Lory(tiny_config(**how))), torch.randint(50, (3, L))
     logits, _, weights = model(idx, return_routing=True)
     assert weights.amax(-1).median() > 0.9, 'routing must be far from uniform'
@@ -297,7 +298,7 @@ def test_generation_is_one_merge_by_the_prompts_mean(n_layer, block_size, P, fir
             e = (block.ffn.router.bias if by_prior else block.ffn.router(means[i][b])).softmax(0)
             assert_close(weights[b, i, 0], e)
             for name in ('gate', 'up', 'down'):
-                average = torch.einsum('e,eio->io', e, block.ffn.get_parameter(name))
+                average = (e[:, None, None] * block.ffn.get_parameter(name)).sum(0)  # (in, out)
                 assert_close(merged.ffn.get_parameter(name)[0], average)
         for n, logits in enumerate(decoded, P):  # after n tokens
             whole_pass = dense(idx[b:b + 1, max(0, n - block_size):n])[0]  # (1, L, V)

@@ -334,7 +334,8 @@ def catch_signals(rank):
 
     def note(which, frame):
         signals.append(which)
-        signal.signal(which, signal.default_int_handler)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.default_int_handler)
         if rank == 0:
             with suppress(OSError):  # stderr may be closed; and print is unsafe in a signal handler
                 os.write(2, b'\nstopping after this step, to save; once more stops without\n')
