@@ -228,8 +228,8 @@ def drop_twins(docs, shortest, held=()):
     be equal but for white space. -> Documents that stay, [(dropped, twin), ...]
 
     MinHash proposes pairs, and misses few. Each of 64 fixed numbers picks the next hash above it in a text.
-    In two texts it picks the same one with a probability equal to their similarity. Four such hashes make a
-    band. Texts of similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band
+    Two texts share the pick with a probability equal to their similarity. Four such hashes make a band.
+    Texts of similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band
     remembers the first text that had it. So each is compared with 16 others at most, and time grows
     linearly."""
     docs, kept, twins, first = [*held, *docs], [], [], {}  # first: band -> the number of a document
