@@ -230,8 +230,7 @@ def drop_twins(docs, shortest, held=()):
     MinHash proposes pairs, and misses few. Each of 64 fixed numbers picks the next hash above it in a text.
     Two texts share the pick with a probability equal to their similarity. Four such hashes make a band.
     Texts of similarity 0.8 share 6.5 of 16 bands on average, of similarity 0.2 hardly ever one. A band
-    remembers the first text that had it. So each is compared with 16 others at most, and time grows
-    linearly."""
+    remembers the first text that had it. So each is compared with 16 others at most, in linear time."""
     docs, kept, twins, first = [*held, *docs], [], [], {}  # first: band -> the number of a document
     points = np.arange(64, dtype=np.uint64) << np.uint64(58)
     for i, doc in enumerate(track('comparing', docs)):
