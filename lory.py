@@ -107,7 +107,7 @@ def merge(e, theta):
 
 
 def swiglu(x, gate, up, down):
-    """FFNs (arXiv:2002.05202), each on its own segment. x (..., T, D), gate and up (..., D, H),
+    """SwiGLU FFNs (arXiv:2002.05202), one for each segment. x (..., T, D), gate and up (..., D, H),
     down (..., H, D) -> (..., T, D)"""
     inner = F.silu(x @ gate) * (x @ up)  # (..., T, H)
     return inner @ down
@@ -304,7 +304,7 @@ class Lory(nn.Module):
         The router must not begin at zero, or experts would stay equal for ever. A router of zero gives them
         equal gradients. Equal experts give the router none: where all de_i are equal, the gradient through
         the softmax is zero. With a random router the dθ_i = Σ_n e(n)_i dW(n) differ, experts part, and it
-        learns. (dθ is the gradient of θ: see `merged_linear`.)"""
+        learns. (dθ is the gradient of θ, dW that of W.)"""
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 p.fill_(0 if name.endswith('bias') else 1)  # norms are 1; a bias of 0 is a uniform prior
@@ -409,7 +409,7 @@ class Lory(nn.Module):
 
     def fitted(self, state, ffn_name=None):
         """What this model takes from a state dict, for load_state_dict(..., strict=False). A dense FFN fills
-        every expert. A router that only one of the two has is left out. UserError if they do not fit."""
+        every expert. A router that only one of the two has is skipped. UserError if they do not fit."""
         if ffn_name not in (None, self.ffn_name):
             raise UserError(f'its FFNs are {ffn_name}s: use its script, or build=partial(Lory, ffn=...).')
         mine, whole = self.state_dict(), {}

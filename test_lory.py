@@ -910,7 +910,8 @@ def test_resume_keeps_its_settings_takes_those_named_and_refuses_other_data(data
     groups = load_checkpoint(path)[1]['optimizer']['param_groups']
     assert [(*group['betas'], group['weight_decay']) for group in groups] == [(.5, .95, .3), (.5, .95, 0)]
     run(prepare, data_copy, *OWN, '--val_fraction=.3')
-    refused('not on this data', resume, '--max_iters=6', '--dataset=own')
+    refused('not on data', resume, '--max_iters=6', '--dataset=own')
+    refused('higher --max_iters', resume, '--max_iters=1')
 
 
 class Nearer(LoryFFN):

@@ -41,9 +41,6 @@ PRESETS = {'': {},
            '0.3b': dict(PAPER, n_layer=24, n_embd=1024, n_head=16, ffn_hidden=2816),
            '1.5b': dict(PAPER, n_layer=48, n_embd=1536, n_head=24, ffn_hidden=4096)}
 MODEL = {f.name: f for f in fields(LoryConfig) if 'help' in f.metadata}  # the fields that have a flag
-# Flags that must equal the checkpoint's: SHAPE with --init_from=FILE, FIXED with --init_from=resume.
-SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
-FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # unsharded, on the CPU
 
 
@@ -54,7 +51,7 @@ def flags():
     flag('dataset', 'builtin', 'folder under data/ that prepare.py made')
     flag('out_dir', 'out', 'where the run leaves its checkpoints, log and pictures; one run at a time')
     flag('init_from', 'scratch', 'scratch; resume: go on from out_dir/ckpt.pt; or a checkpoint to start from')
-    flag('max_iters', 6000, 'updates in the whole run; more when resuming stretch its schedule', low=1)
+    flag('max_iters', 6000, 'updates in the whole run; resuming with more stretches the schedule', low=1)
     flag('batch_size', 4, 'sequences in an update, all ranks and accumulation steps together', low=1)
     flag('gradient_accumulation_steps', 1, 'forward passes of an update on each rank, to save memory', low=1)
     flag('learning_rate', 3e-3, 'peak of the cosine schedule', below=1)
@@ -114,7 +111,7 @@ def main(argv=None, build=Lory):
         dist.barrier()
     data = prepare.load_dataset(f'data/{args.dataset}', args.block_size)
     if args.init_from == 'resume' and saved['data'] != data.meta['sha256']:
-        raise UserError(f'the run was not on this data/{args.dataset}: prepare that text as before.')
+        raise UserError(f'the run was not on data/{args.dataset}: prepare its text, or give its --dataset.')
     if saved and saved['tokenizer'] != data.tokenizer:
         raise UserError(f'the data has another tokenizer: prepare it with --tokenizer={args.init_from}.')
     # domain -> its validation windows
@@ -242,6 +239,10 @@ def main(argv=None, build=Lory):
 
 
 # --- Settings. ---
+# Flags that must equal the checkpoint's: SHAPE with --init_from=FILE, FIXED with --init_from=resume.
+SHAPE = MODEL.keys() - {'block_size', 'n_experts', 'segment_len', 'routing', 'first_segment'}
+FIXED = MODEL.keys() | {'preset', 'batch_size', 'dense_warmup', 'seed', 'eval_windows'}
+
 
 def read_settings(argv):
     """-> flags, config, and the checkpoint that the run starts from or None. Parses twice: first to find the
@@ -263,6 +264,8 @@ def read_settings(argv):
         known = saved['config']
     parser.set_defaults(**known | preset)
     args = parser.parse_args(argv)
+    if args.init_from == 'resume' and args.max_iters < saved['step']:
+        raise UserError(f'the run is at step {saved["step"]} already: give a higher --max_iters.')
     config = LoryConfig(**{name: getattr(args, name) for name in MODEL})
     settings = vars(args) | asdict(config)  # where ffn_hidden is no longer 0, but the width it means
     for name in sorted(fixed & known.keys()):  # an older run may lack a flag
@@ -289,7 +292,7 @@ def pick_device(args):
     return device, getattr(torch, dtype)
 
 
-# --- An update. On given data, window number i, of L + 1 tokens, is a function of (seed, i) alone. ---
+# --- An update. Which L + 1 tokens form window i depends on the data, the seed and i alone. ---
 
 def learning_rate(step, args):
     """Linear warm-up, then a cosine (Sec. 4.1), from learning_rate to min_lr_ratio of it at max_iters."""
@@ -328,8 +331,7 @@ def to_xy(windows, device):
 
 
 def catch_signals(rank):
-    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second one raises
-    KeyboardInterrupt."""
+    """-> a list that grows when Ctrl-C or SIGTERM asks the run to end. A second is KeyboardInterrupt."""
     signals = []
 
     def note(which, frame):
@@ -376,8 +378,7 @@ def evaluate(model, windows, token_bytes, micro, autocast, tied=False):
     """Every rank evaluates all windows, since FSDP2 needs all ranks in a forward pass.
     -> a row for log.csv: bits per byte and perplexity of each domain, and the mean bits per byte of all
        domains, over all positions and after segment 1 ("later"). With E > 2 and unless tied, the share of
-       experts in use. An expert is in use if its weight exceeds 2/E (App. G.1) in any of these windows. (The
-       paper looks at 10 training steps.)
+       experts in use, those whose weight exceeds 2/E in any of these windows (App. G.1: in 10 steps).
     -> mean routing weights (Sec. 5.4), (n_domains, n_layer, E), or None if dense or tied.
     Experts in use and routing weights leave out segment 1, unless there is no other."""
     n_layer, E, T = model.config.n_layer, model.config.n_experts, model.config.segment_len

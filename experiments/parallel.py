@@ -44,7 +44,7 @@ def shard(model, device, world, seed):
         raise UserError('--shard needs torchrun with two or more ranks, n_embd and ffn_hidden divisible by '
                         'their number, and FFNs without buffers: change these, or say --shard=False.')
     mesh = dist.init_device_mesh(device.split(':')[0], (world,))
-    # Never along E: each rank holds a slice of every expert, so tie_gradients needs no other rank.
+    # Experts are not split along E: each rank holds a slice of all, so tie_gradients needs no other rank.
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, shard_placement_fn=lambda p: Shard(1 if p.dim() > 1 else 0))
     model.to_empty(device=device)
